@@ -1,0 +1,176 @@
+"""What flows from the data to the tables (`Batch`) and from the tables to a model (`EmbeddedBatch`).
+
+Both are keyed by the names of a `FeatureSchema`. R requests hold B samples: the candidates of one request share the
+request's fields and stored sequences, which a model then needs to process once. Without such sharing R = B.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from kunlun_jax.jagged import Jagged
+from kunlun_jax.schema import PADDING_ID, TIME_FIELDS, FeatureSchema, Scope
+
+
+@partial(jax.tree_util.register_dataclass, meta_fields=[], data_fields=[
+    "dense", "sparse", "events", "request_index", "labels", "label_mask", "weight"])
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """B samples of R requests, on P batch shards.
+
+    Attributes:
+      dense: per dense field, float32 [R] or [B], by the field's scope.
+      sparse: per sparse field, int32 row numbers [R or B, max_ids], PADDING_ID where there is no id.
+      events: per event type a Jagged whose values are a dict: sparse fields int32 [P, N, max_ids], dense fields
+        float32 [P, N], and the TIME_FIELDS float32 [P, N] in seconds. One sequence per request or per candidate.
+      request_index: int32 [P, B/P], each sample's request, counted from the shard's own first request.
+      labels: float32 [B, tasks], 0 or 1.
+      label_mask: float32 [B, tasks], 0 where a label is unknown.
+      weight: float32 [B], sample weights; 0 for the samples that fill up the last batch.
+    """
+
+    dense: dict[str, Float[Array, "R_or_B"]]
+    sparse: dict[str, Int[Array, "R_or_B k"]]
+    events: dict[str, Jagged]
+    request_index: Int[Array, "P b"]
+    labels: Float[Array, "B tasks"]
+    label_mask: Float[Array, "B tasks"]
+    weight: Float[Array, "B"]
+
+    @property
+    def size(self) -> int:
+        return self.labels.shape[0]
+
+
+@partial(jax.tree_util.register_dataclass, meta_fields=[], data_fields=["dense", "sparse", "events", "request_index"])
+@dataclass(frozen=True, eq=False)
+class EmbeddedBatch:
+    """A batch whose ids have become embeddings; all that a model sees.
+
+    Attributes:
+      dense: as in `Batch`.
+      sparse: per sparse field [R or B, width], the mean over the field's ids, 0 where there is none.
+      events: per event type a Jagged whose values are a dict: sparse fields [P, N, width], dense and TIME_FIELDS
+        [P, N].
+      request_index: as in `Batch`.
+    """
+
+    dense: dict[str, Float[Array, "R_or_B"]]
+    sparse: dict[str, Float[Array, "R_or_B width"]]
+    events: dict[str, Jagged]
+    request_index: Int[Array, "P b"]
+
+
+def to_samples(values: Float[Array, "R_or_B *rest"], request_index: Int[Array, "P b"], scope: Scope):
+    """Values of requests (or already of candidates) as values of samples [B, ...]."""
+    if scope == "candidate":
+        return values
+    shards = request_index.shape[0]
+    local = values.reshape(shards, -1, *values.shape[1:])
+    samples = jax.vmap(lambda v, index: v[index])(local, request_index)
+    return samples.reshape(-1, *values.shape[1:])
+
+
+def check_batch(batch: Batch, schema: FeatureSchema) -> Batch:
+    """Check a batch on the host against its schema; return it.
+
+    Raises:
+      ValueError: names the field that is missing, unknown, or of the wrong shape; an id beyond its table; a label
+        outside {0, 1}; a negative or non-finite number where none belongs; a batch whose samples all have weight 0.
+    """
+    shards, per_shard = batch.request_index.shape
+    size = shards * per_shard
+    _check_names("dense", batch.dense, schema.dense)
+    _check_names("sparse", batch.sparse, schema.sparse)
+    _check_names("events", batch.events, schema.events)
+    for name, array, shape in (
+        ("labels", batch.labels, (size, len(schema.tasks))),
+        ("label_mask", batch.label_mask, (size, len(schema.tasks))),
+        ("weight", batch.weight, (size,)),
+    ):
+        _check_array(name, array, np.float32, shape)
+    if not np.isin(batch.labels, (0, 1)).all():
+        bad = np.argwhere(~np.isin(batch.labels, (0, 1)))[0]
+        raise ValueError(f"labels: sample {bad[0]}, task {schema.tasks[bad[1]]!r} is {batch.labels[tuple(bad)]}, not 0 or 1")
+    if not np.isin(batch.label_mask, (0, 1)).all():
+        raise ValueError("label_mask: values outside {0, 1}")
+    if not np.isfinite(batch.weight).all() or (batch.weight < 0).any():
+        raise ValueError("weight: negative or non-finite values")
+    if not (batch.weight[:, None] * batch.label_mask).any():
+        raise ValueError("weight: every sample of the batch has weight 0 or no label; there is nothing to learn from")
+
+    requests = _requests(batch, schema)
+    if batch.request_index.size and not (0 <= batch.request_index.min() and batch.request_index.max() < requests // shards):
+        raise ValueError(
+            f"request_index: values lie in [{batch.request_index.min()}, {batch.request_index.max()}], "
+            f"each shard holds {requests // shards} requests"
+        )
+    rows_of = {"request": requests, "candidate": size}
+    for field in schema.dense:
+        _check_array(field.name, batch.dense[field.name], np.float32, (rows_of[field.scope],))
+        _check_finite(field.name, batch.dense[field.name])
+    for field in schema.sparse:
+        ids = batch.sparse[field.name]
+        _check_array(field.name, ids, np.int32, (rows_of[field.scope], field.max_ids))
+        _check_ids(field.name, ids, schema.table(field.table).rows)
+    for event in schema.events:
+        sequence = batch.events[event.name].check()
+        if sequence.max_length != event.max_length:
+            raise ValueError(f"{event.name}: max_length is {sequence.max_length}, the schema says {event.max_length}")
+        expected = (shards, rows_of[event.scope] // shards)
+        if sequence.starts.shape != expected:
+            raise ValueError(f"{event.name}: starts are {sequence.starts.shape}, expected {expected}")
+        columns = [*(f.name for f in event.sparse), *(f.name for f in event.dense), *TIME_FIELDS]
+        _check_names(event.name, sequence.values, columns)
+        tokens = sequence.values[TIME_FIELDS[0]].shape
+        for field in event.sparse:
+            name, ids = f"{event.name}.{field.name}", sequence.values[field.name]
+            _check_array(name, ids, np.int32, (*tokens, field.max_ids))
+            _check_ids(name, ids, schema.table(field.table).rows)
+        for column in (*(f.name for f in event.dense), *TIME_FIELDS):
+            name = f"{event.name}.{column}"
+            _check_array(name, sequence.values[column], np.float32, tokens)
+            _check_finite(name, sequence.values[column])
+        if (sequence.values["gap"] < 0).any() or (sequence.values["age"] < 0).any():
+            raise ValueError(f"{event.name}: negative gap or age; events must be sorted by time and precede the request")
+    return batch
+
+
+def _requests(batch: Batch, schema: FeatureSchema) -> int:
+    """R, from the first request-scope entry; B where there is none."""
+    for field in schema.dense:
+        if field.scope == "request":
+            return batch.dense[field.name].shape[0]
+    for field in schema.sparse:
+        if field.scope == "request":
+            return batch.sparse[field.name].shape[0]
+    for event in schema.events:
+        if event.scope == "request":
+            return batch.events[event.name].starts.size
+    return batch.request_index.size
+
+
+def _check_names(what, given, wanted) -> None:
+    wanted = [getattr(entry, "name", entry) for entry in wanted]
+    missing, unknown = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
+    if missing or unknown:
+        raise ValueError(f"{what}: missing {missing}, unknown {unknown}; the schema has {sorted(wanted)}")
+
+
+def _check_array(name, array, dtype, shape) -> None:
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(f"{name}: expected {np.dtype(dtype)} {list(shape)}, got {array.dtype} {list(array.shape)}")
+
+
+def _check_finite(name, array) -> None:
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: {np.size(array) - np.isfinite(array).sum()} values are not finite")
+
+
+def _check_ids(name, ids, rows) -> None:
+    beyond = (ids != PADDING_ID) & ((ids < 0) | (ids >= rows))
+    if beyond.any():
+        raise ValueError(f"{name}: id {ids[beyond][0]} is outside its table of {rows} rows; bind ids with schema.bind_ids")
