@@ -2,5 +2,7 @@
 
 from pallas_kernels.dispatch import SlowerPathWarning
 from pallas_kernels.gdpa import gdpa, gdpa_block
+from pallas_kernels.seed_attention import seed_attention
+from pallas_kernels.sliding_window import sliding_window_attention
 
-__all__ = ["SlowerPathWarning", "gdpa", "gdpa_block"]
+__all__ = ["SlowerPathWarning", "gdpa", "gdpa_block", "seed_attention", "sliding_window_attention"]

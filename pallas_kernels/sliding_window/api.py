@@ -35,8 +35,8 @@ def sliding_window_attention(q: Float[Array, "N H D"], k: Float[Array, "N Hkv D"
       max_length: static bound on the lengths, by default N.
       window: (left, right), rows seen before and after the row itself; None on a side: no bound there.
       scale: static factor of the scores, by default D ** -0.5.
-      angles: float32 rotary angles in radians. The pairs (i, i + D/2) of q and k are rotated by angles[:, i], in float32
-        [choice: half-split pairs, not interleaved ones]. They get no gradient.
+      angles: float32 rotary angles in radians. The pairs (i, i + D/2) of q and k are rotated by angles[:, i], in
+        float32 [choice: half-split pairs, not interleaved ones]. They get no gradient.
       implementation: "xla" or "reference"; None takes the fastest that supports the call.
 
     Raises:

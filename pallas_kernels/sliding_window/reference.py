@@ -14,7 +14,7 @@ def sliding_window_attention(q: Float[Array, "N H D"], k: Float[Array, "N Hkv D"
     Rounding points: rotated q and k to their dtype; scores, softmax and both sums in float32 (float64 for float64);
     the normalised probabilities to v's dtype; the result to q's.
     """
-    N, H, D = q.shape
+    N, H, _ = q.shape
     wide = jnp.promote_types(q.dtype, jnp.float32)
     t = jnp.arange(max_length)
     inside = t < lengths[:, None]

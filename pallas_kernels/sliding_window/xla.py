@@ -1,10 +1,10 @@
 """Sliding-window attention in plain XLA: a loop over blocks of consecutive tokens, whatever samples they belong to.
 
 Tokens are cut into tiles of `rows` consecutive rows; a tile's queries see the tiles that its window touches, and a mask
-keeps each query in its own window and sample. The loop stops after the last live token, so the unused end of the capacity
-costs nothing. Scores exist for one block at a time, forward and backward: memory is that of the operands.
+keeps each query in its own window and sample. The loop stops after the last live token, so the unused end of the
+capacity costs nothing. Scores exist for one block at a time, forward and backward: memory is that of the operands.
 
-Blocks mix samples, and 0 · NaN is NaN, so a mask on the scores alone would let a NaN in one sample reach its neighbours.
+Blocks mix samples, and 0 · NaN is NaN, so a mask on the scores alone would let a NaN in one sample reach the next one.
 Rows with a non-finite value therefore enter every product as zeros, and a NaN is added to the scores of the pairs that
 they take part in: it reaches those results, and nothing else.
 """
@@ -34,7 +34,7 @@ class Blocking:
 
 def default_blocking(left: int, right: int, heads: int) -> Blocking:
     """Tiles of about half the window, and as many at a time as keep the scores of one block small."""
-    rows = min(max(8, -(-max(left, right) // 2), -(-min(left, right))), 64)
+    rows = min(max(8, max(left, right) // 2, min(left, right)), 64)
     keys = (-(-left // rows) + 1 + -(-right // rows)) * rows
     score_bytes = 2**20 if jax.default_backend() == "cpu" else 2**28
     return Blocking(rows, max(1, score_bytes // (4 * rows * keys * heads)))
