@@ -1,0 +1,77 @@
+"""Row-wise AdaGrad on the rows that a batch touched.
+
+    v_r ← v_r + mean_j g_rj²;   w_r ← w_r − η g_r / (sqrt(v_r) + ε)
+
+with g_r the sum over all uses of row r in the batch, so that duplicates take one step, and one v per row instead of one
+per weight.
+"""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from kunlun_jax.embedding.tables import Plan, TableState
+
+
+def update(
+    tables: Mapping[str, TableState],
+    plans: Mapping[str, Plan],
+    grads: Mapping[str, Float[Array, "n width"]],
+    *,
+    learning_rate: ArrayLike,
+    epsilon: float = 1e-8,
+    ok: ArrayLike = True,
+) -> dict[str, TableState]:
+    """One step on the looked-up rows. In place if the caller's jit donates `tables`.
+
+    Args:
+      plans: what `look_up` returned.
+      grads: per table, the gradient with respect to the looked-up rows.
+      learning_rate: a number or a traced scalar, so that it may follow a schedule.
+      epsilon: positive: it keeps rows without a gradient in place while their accumulator is still 0.
+      ok: a scalar; false leaves every table bit for bit as it is, whatever the gradients hold.
+
+    Tables that no field uses are returned unchanged.
+
+    Raises:
+      ValueError: a gradient is missing, belongs to no plan or has the wrong shape; `epsilon` is not positive.
+    """
+    if epsilon <= 0:
+        raise ValueError(f"update: epsilon is {epsilon}; it must be positive")
+    if grads.keys() != plans.keys() or not plans.keys() <= tables.keys():
+        raise ValueError(
+            f"update: gradients for {sorted(grads)}, plans for {sorted(plans)}, tables {sorted(tables)}; "
+            f"gradients and plans must name the same tables"
+        )
+    updated = dict(tables)
+    for name, plan in plans.items():
+        (table_rows, width), grad = tables[name].rows.shape, grads[name]
+        expected = (table_rows if plan.uids is None else plan.uids.size, width)
+        if grad.shape != expected:
+            raise ValueError(f"update: the gradient of table {name!r} is {list(grad.shape)}, expected {list(expected)}")
+        step = _step_all_rows if plan.uids is None else _step_rows
+        updated[name] = step(tables[name], plan, grad, learning_rate, epsilon, jnp.asarray(ok))
+    return updated
+
+
+def _step_all_rows(table, plan, grad, learning_rate, epsilon, ok):
+    """The table is no larger than the batch's ids; a row that none of them names has gradient 0 and stays."""
+    grad = jnp.where(ok, grad, 0)
+    accumulator = table.accumulator + jnp.mean(grad * grad, axis=-1)
+    step = learning_rate * grad / (jnp.sqrt(accumulator) + epsilon)[:, None]
+    return TableState(table.rows - step, accumulator)
+
+
+def _step_rows(table, plan, grad, learning_rate, epsilon, ok):
+    table_rows = table.rows.shape[0]
+    # A skipped step moves all ids beyond the table: choosing between old and new tables would copy them.
+    uids = jnp.where(ok, plan.uids, table_rows + jnp.arange(plan.uids.size, dtype=jnp.int32))
+    hints = {"unique_indices": True, "indices_are_sorted": True}
+    accumulator = table.accumulator.at[uids].get(mode="fill", fill_value=0, **hints) + jnp.mean(grad * grad, axis=-1)
+    step = learning_rate * grad / (jnp.sqrt(accumulator) + epsilon)[:, None]
+    return TableState(
+        table.rows.at[uids].add(-step, mode="drop", **hints),
+        table.accumulator.at[uids].set(accumulator, mode="drop", **hints),
+    )
