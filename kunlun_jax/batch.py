@@ -15,8 +15,11 @@ from kunlun_jax.jagged import Jagged
 from kunlun_jax.schema import PADDING_ID, TIME_FIELDS, FeatureSchema, Scope
 
 
-@partial(jax.tree_util.register_dataclass, meta_fields=[], data_fields=[
-    "dense", "sparse", "events", "request_index", "labels", "label_mask", "weight"])
+@partial(
+    jax.tree_util.register_dataclass,
+    meta_fields=[],
+    data_fields=["dense", "sparse", "events", "request_index", "labels", "label_mask", "weight"],
+)
 @dataclass(frozen=True, eq=False)
 class Batch:
     """B samples of R requests, on P batch shards.
@@ -94,7 +97,9 @@ def check_batch(batch: Batch, schema: FeatureSchema) -> Batch:
         _check_array(name, array, np.float32, shape)
     if not np.isin(batch.labels, (0, 1)).all():
         bad = np.argwhere(~np.isin(batch.labels, (0, 1)))[0]
-        raise ValueError(f"labels: sample {bad[0]}, task {schema.tasks[bad[1]]!r} is {batch.labels[tuple(bad)]}, not 0 or 1")
+        raise ValueError(
+            f"labels: sample {bad[0]}, task {schema.tasks[bad[1]]!r} is {batch.labels[tuple(bad)]}, not 0 or 1"
+        )
     if not np.isin(batch.label_mask, (0, 1)).all():
         raise ValueError("label_mask: values outside {0, 1}")
     if not np.isfinite(batch.weight).all() or (batch.weight < 0).any():
@@ -103,7 +108,9 @@ def check_batch(batch: Batch, schema: FeatureSchema) -> Batch:
         raise ValueError("weight: every sample of the batch has weight 0 or no label; there is nothing to learn from")
 
     requests = _requests(batch, schema)
-    if batch.request_index.size and not (0 <= batch.request_index.min() and batch.request_index.max() < requests // shards):
+    if batch.request_index.size and not (
+        0 <= batch.request_index.min() and batch.request_index.max() < requests // shards
+    ):
         raise ValueError(
             f"request_index: values lie in [{batch.request_index.min()}, {batch.request_index.max()}], "
             f"each shard holds {requests // shards} requests"
@@ -135,7 +142,9 @@ def check_batch(batch: Batch, schema: FeatureSchema) -> Batch:
             _check_array(name, sequence.values[column], np.float32, tokens)
             _check_finite(name, sequence.values[column])
         if (sequence.values["gap"] < 0).any() or (sequence.values["age"] < 0).any():
-            raise ValueError(f"{event.name}: negative gap or age; events must be sorted by time and precede the request")
+            raise ValueError(
+                f"{event.name}: negative gap or age; events must be sorted by time and precede the request"
+            )
     return batch
 
 
@@ -173,4 +182,6 @@ def _check_finite(name, array) -> None:
 def _check_ids(name, ids, rows) -> None:
     beyond = (ids != PADDING_ID) & ((ids < 0) | (ids >= rows))
     if beyond.any():
-        raise ValueError(f"{name}: id {ids[beyond][0]} is outside its table of {rows} rows; bind ids with schema.bind_ids")
+        raise ValueError(
+            f"{name}: id {ids[beyond][0]} is outside its table of {rows} rows; bind ids with schema.bind_ids"
+        )

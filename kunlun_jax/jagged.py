@@ -20,9 +20,7 @@ CAPACITY_FRACTIONS = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 1 / 2
 CAPACITY_MULTIPLE = 64  # tokens; keeps every capacity a whole number of tiles
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["values", "starts", "lengths"], meta_fields=["max_length"]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["values", "starts", "lengths"], meta_fields=["max_length"])
 @dataclass(frozen=True, eq=False)
 class Jagged:
     """Sequences of B samples on P batch shards.
@@ -51,7 +49,9 @@ class Jagged:
           ValueError: shapes don't agree, a length is negative, above `max_length` or beyond the capacity.
         """
         if self.starts.ndim != 2 or self.starts.shape != self.lengths.shape:
-            raise ValueError(f"Jagged: starts {self.starts.shape} and lengths {self.lengths.shape} must both be [P, B/P]")
+            raise ValueError(
+                f"Jagged: starts {self.starts.shape} and lengths {self.lengths.shape} must both be [P, B/P]"
+            )
         shards = self.starts.shape[0]
         capacities = {x.shape[:2] for x in jax.tree.leaves(self.values)}
         if len(capacities) != 1 or next(iter(capacities))[0] != shards:
@@ -189,8 +189,15 @@ def deal_to_shards(lengths: np.ndarray, shards: int) -> np.ndarray:
     return dealt.T.reshape(-1)
 
 
-def pack(values: Mapping[str, np.ndarray], lengths: np.ndarray, *, capacity: int, shards: int, max_length: int,
-         fill: Mapping[str, Any]) -> Jagged:
+def pack(
+    values: Mapping[str, np.ndarray],
+    lengths: np.ndarray,
+    *,
+    capacity: int,
+    shards: int,
+    max_length: int,
+    fill: Mapping[str, Any],
+) -> Jagged:
     """Lay out samples, given one after the other, on `shards` shards of `capacity` tokens each.
 
     Args:

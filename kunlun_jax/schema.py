@@ -107,11 +107,15 @@ class FeatureSchema:
             if not names:
                 raise ValueError(f"schema: event type {event.name!r} has no fields")
             if event.max_length < 1:
-                raise ValueError(f"schema: event type {event.name!r} has max_length {event.max_length}; need at least 1")
+                raise ValueError(
+                    f"schema: event type {event.name!r} has max_length {event.max_length}; need at least 1"
+                )
         tables = {t.name for t in self.tables}
         for field in self.sparse + tuple(f for e in self.events for f in e.sparse):
             if field.table not in tables:
-                raise ValueError(f"schema: field {field.name!r} names table {field.table!r}; there are {sorted(tables)}")
+                raise ValueError(
+                    f"schema: field {field.name!r} names table {field.table!r}; there are {sorted(tables)}"
+                )
             if field.max_ids < 1:
                 raise ValueError(f"schema: field {field.name!r} has max_ids {field.max_ids}; need at least 1")
         fields: tuple[DenseField | SparseField | EventType, ...] = self.dense + self.sparse + self.events
@@ -119,7 +123,9 @@ class FeatureSchema:
             if field.scope not in get_args(Scope):
                 raise ValueError(f"schema: {field.name!r} has scope {field.scope!r}; choose from {get_args(Scope)}")
         if self.group is not None and self.group not in {f.name for f in self.sparse}:
-            raise ValueError(f"schema: group {self.group!r} is no sparse field; there are {[f.name for f in self.sparse]}")
+            raise ValueError(
+                f"schema: group {self.group!r} is no sparse field; there are {[f.name for f in self.sparse]}"
+            )
 
     def table(self, name: str) -> Table:
         return next(t for t in self.tables if t.name == name)
@@ -135,11 +141,13 @@ class FeatureSchema:
             dense=tuple(DenseField(**f) for f in raw["dense"]),
             sparse=tuple(SparseField(**f) for f in raw["sparse"]),
             events=tuple(
-                EventType(**{
-                    **e,
-                    "sparse": tuple(SparseField(**f) for f in e["sparse"]),
-                    "dense": tuple(DenseField(**f) for f in e["dense"]),
-                })
+                EventType(
+                    **{
+                        **e,
+                        "sparse": tuple(SparseField(**f) for f in e["sparse"]),
+                        "dense": tuple(DenseField(**f) for f in e["dense"]),
+                    }
+                )
                 for e in raw["events"]
             ),
             tasks=tuple(raw["tasks"]),

@@ -52,8 +52,11 @@ def dispatch(operator: str, implementations: Sequence[Implementation], name: str
         if reason is None:
             if passed_over:
                 # Python shows one warning per text and place: the user hears each reason once.
-                warnings.warn(f"{operator} runs on {implementation.name!r}: {'; '.join(passed_over)}",
-                              SlowerPathWarning, stacklevel=3)
+                warnings.warn(
+                    f"{operator} runs on {implementation.name!r}: {'; '.join(passed_over)}",
+                    SlowerPathWarning,
+                    stacklevel=3,
+                )
             return implementation.run(*args, **kwargs)
         passed_over.append(f"{implementation.name!r} passed over ({reason})")
     raise NotImplementedError(f"{operator}: no implementation supports this call: {'; '.join(passed_over)}")

@@ -1,0 +1,1 @@
+"""The blocks that the models are made of, one file each."""

@@ -1,0 +1,46 @@
+"""Self-attention of a sequence within a window."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kunlun_jax.jagged import Jagged, over_shards
+from kunlun_jax.layers.mlp import linear
+from kunlun_jax.layers.norm import layer_norm
+from pallas_kernels import sliding_window_attention
+
+
+class WindowAttention(nnx.Module):
+    """S + W_o MHA(Norm(S)): softmax(q_t K_{[t−w, t+w]}ᵀ / √D) V with rotary q and k; pre-norm and residual [choice].
+
+    Query, key and value projections are one product. `window` None attends to the whole sequence.
+    """
+
+    def __init__(
+        self, width: int, head_width: int, window: int | None, *, dtype: str, implementation: str | None, rngs: nnx.Rngs
+    ):
+        self.heads, self.window, self.implementation = width // head_width, window, implementation
+        self.norm = layer_norm(width, dtype=dtype, rngs=rngs)
+        self.query_key_value = linear(width, 3 * width, bias=False, dtype=dtype, rngs=rngs)
+        self.output = linear(width, width, bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, sequence: Jagged, angles: Float[Array, "P N half"]) -> Jagged:
+        s = sequence.values
+        qkv = self.query_key_value(self.norm(s))
+        q, k, v = (x.reshape(*s.shape[:2], self.heads, -1) for x in jnp.split(qkv, 3, axis=-1))
+
+        def attend(q, k, v, angles, starts, lengths):
+            return sliding_window_attention(
+                q,
+                k,
+                v,
+                angles=angles,
+                starts=starts,
+                lengths=lengths,
+                max_length=sequence.max_length,
+                window=(self.window, self.window),
+                implementation=self.implementation,
+            )
+
+        o = over_shards(attend, q, k, v, angles, sequence.starts, sequence.lengths)
+        return sequence.with_values(s + self.output(o.reshape(s.shape)))

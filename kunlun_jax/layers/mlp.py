@@ -1,0 +1,59 @@
+"""Linear maps, MLPs and MaskNet."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def linear(inputs: int, outputs: int, *, dtype: str, rngs: nnx.Rngs, bias: bool = True) -> nnx.Linear:
+    """A linear map over the feature axis: float32 parameters, products in `dtype`.
+
+    Every large dense product of the models is made here, so that operand types and scales change in one place.
+    """
+    return nnx.Linear(inputs, outputs, use_bias=bias, dtype=jnp.dtype(dtype), param_dtype=jnp.float32, rngs=rngs)
+
+
+class MLP(nnx.Module):
+    """Linear maps with SiLU between them; none after the last [choice]."""
+
+    def __init__(self, inputs: int, hidden: Sequence[int], outputs: int, *, dtype: str, rngs: nnx.Rngs):
+        widths = [inputs, *hidden, outputs]
+        self.layers = nnx.List(
+            [linear(a, b, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(widths)]
+        )
+
+    def __call__(self, x: Float[Array, "*rest inputs"]) -> Float[Array, "*rest outputs"]:
+        for layer in self.layers[:-1]:
+            x = nnx.silu(layer(x))
+        return self.layers[-1](x)
+
+
+class MaskNet(nnx.Module):
+    """MLP_lce(S ⊙ MLP_mask(S)): joins time-aligned sequences, here the fields of an event (InterFormer).
+
+    Shapes: [..., inputs] → [..., outputs]. Hidden widths equal `outputs` [choice].
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, dtype: str, rngs: nnx.Rngs):
+        self.mask = MLP(inputs, [outputs], inputs, dtype=dtype, rngs=rngs)
+        self.compress = MLP(inputs, [outputs], outputs, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*rest inputs"]) -> Float[Array, "*rest outputs"]:
+        return self.compress(x * self.mask(x))
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> nnx.Param:
+    """A float32 parameter drawn from a normal distribution with standard deviation `scale`."""
+    return nnx.Param(scale * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+def cast(dtype: str, *params: nnx.Param) -> list[jax.Array]:
+    """Parameters as operands of a product in `dtype`."""
+    return [param[...].astype(dtype) for param in params]
+
+
+Activation = Callable[[jax.Array], jax.Array]

@@ -1,0 +1,137 @@
+"""Hierarchical seed pooling: a jagged sequence becomes a fixed number of tokens."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kunlun_jax.jagged import Jagged, over_shards
+from kunlun_jax.layers.mlp import cast, linear, normal
+from kunlun_jax.layers.norm import layer_norm
+from pallas_kernels import seed_attention
+
+Compression = Literal["sum_kron", "dense"]
+
+
+class SumKronLinear(nnx.Module):
+    """Y_b = Σ_i Z_iᵀ X_b W_i: [B, S, d] → [B, T', d] with k(S·T' + d²) parameters instead of S·d·T'·d [2nd].
+
+    Z is multiplied first: the token axis shrinks, so it is the cheaper order.
+    """
+
+    def __init__(self, seeds: int, tokens: int, width: int, rank: int, *, dtype: str, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.z = normal(rngs, (rank, seeds, tokens), seeds**-0.5)
+        self.w = normal(rngs, (rank, width, width), (rank * width) ** -0.5)
+
+    def __call__(self, x: Float[Array, "B S d"]) -> Float[Array, "B n d"]:
+        z, w = cast(self.dtype, self.z, self.w)
+        return jnp.einsum("bktd,kde->bte", jnp.einsum("bsd,kst->bktd", x, z), w)
+
+
+class DenseCompression(nnx.Module):
+    """Every output feature from every input feature: what SumKronLinear replaces. For the ablation only."""
+
+    def __init__(self, seeds: int, tokens: int, width: int, *, dtype: str, rngs: nnx.Rngs):
+        self.tokens = tokens
+        self.linear = linear(seeds * width, tokens * width, bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B S d"]) -> Float[Array, "B n d"]:
+        return self.linear(x.reshape(x.shape[0], -1)).reshape(x.shape[0], self.tokens, x.shape[-1])
+
+
+class SeedAttention(nnx.Module):
+    """MHA(Norm(E), P, P) with learnable queries E [S, d] shared by all samples → [B, S, d].
+
+    LayerNorm on E, projections for query, key, value and output without bias, E ~ N(0, 1) [choice]. An empty
+    sequence gives 0. With S = the number of output tokens this alone is PMA, pooling by multi-head attention.
+    """
+
+    def __init__(
+        self, seeds: int, width: int, head_width: int, *, dtype: str, implementation: str | None, rngs: nnx.Rngs
+    ):
+        self.heads, self.dtype, self.implementation = width // head_width, dtype, implementation
+        self.seeds = normal(rngs, (seeds, width), 1.0)
+        self.norm = layer_norm(width, dtype=dtype, rngs=rngs)
+        self.query = linear(width, width, bias=False, dtype=dtype, rngs=rngs)
+        self.key_value = linear(width, 2 * width, bias=False, dtype=dtype, rngs=rngs)
+        self.output = linear(width, width, bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, sequence: Jagged) -> Float[Array, "B S d"]:
+        s = sequence.values
+        q = self.query(self.norm(self.seeds[...])).reshape(self.seeds.shape[0], self.heads, -1)
+        k, v = (x.reshape(*s.shape[:2], self.heads, -1) for x in jnp.split(self.key_value(s), 2, axis=-1))
+
+        def attend(k, v, starts, lengths):
+            return seed_attention(
+                q,
+                k,
+                v,
+                starts=starts,
+                lengths=lengths,
+                max_length=sequence.max_length,
+                implementation=self.implementation,
+            )
+
+        pooled = over_shards(attend, k, v, sequence.starts, sequence.lengths)
+        return self.output(pooled.reshape(-1, self.seeds.shape[0], s.shape[-1]))
+
+
+class HierarchicalSeedPooling(nnx.Module):
+    """H = Norm(W_d SumKronLinear(MHA(Norm(E), P, P))): Jagged [P, N, d_e] → [B, n_tokens, d] [fig, 2nd].
+
+    Over-complete seeds look at the sequence, then are compressed. The map from d_e to the model's d, bias-free, and
+    the LayerNorm that puts the summary on the scale of the set tokens are [choice].
+    """
+
+    def __init__(
+        self,
+        seeds: int,
+        tokens: int,
+        event_width: int,
+        head_width: int,
+        width: int,
+        *,
+        rank: int,
+        compression: Compression,
+        dtype: str,
+        implementation: str | None,
+        rngs: nnx.Rngs,
+    ):
+        self.attention = SeedAttention(
+            seeds, event_width, head_width, dtype=dtype, implementation=implementation, rngs=rngs
+        )
+        if compression == "sum_kron":
+            self.compress = SumKronLinear(seeds, tokens, event_width, rank, dtype=dtype, rngs=rngs)
+        else:
+            self.compress = DenseCompression(seeds, tokens, event_width, dtype=dtype, rngs=rngs)
+        self.project = linear(event_width, width, bias=False, dtype=dtype, rngs=rngs)
+        self.norm = layer_norm(width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, sequence: Jagged) -> Float[Array, "B n d"]:
+        return self.norm(self.project(self.compress(self.attention(sequence))))
+
+
+class PooledMultiheadAttention(nnx.Module):
+    """PMA: as many seeds as output tokens, no compression. What HSP replaces; for the ablation only."""
+
+    def __init__(
+        self,
+        tokens: int,
+        event_width: int,
+        head_width: int,
+        width: int,
+        *,
+        dtype: str,
+        implementation: str | None,
+        rngs: nnx.Rngs,
+    ):
+        self.attention = SeedAttention(
+            tokens, event_width, head_width, dtype=dtype, implementation=implementation, rngs=rngs
+        )
+        self.project = linear(event_width, width, bias=False, dtype=dtype, rngs=rngs)
+        self.norm = layer_norm(width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, sequence: Jagged) -> Float[Array, "B n d"]:
+        return self.norm(self.project(self.attention(sequence)))

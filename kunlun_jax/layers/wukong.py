@@ -1,0 +1,113 @@
+"""Wukong experts: the global interaction of set tokens and sequence summaries."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kunlun_jax.layers.mlp import cast, normal
+
+ExpertInputs = Literal["sliced", "all"]
+
+
+class WukongExperts(nnx.Module):
+    """M Wukong blocks side by side: [B, n_in, d] → [B, n_out, d], n_out split evenly over the experts.
+
+    Each expert computes LN(concat(FMB(X), LCB(X)) + Res(X)) on its own tokens (arXiv 2403.02545):
+      LCB(X) = W_L X; FMB(X) = MLP(LN(flatten(X (Xᵀ Y)))) with the optimised factorisation machine, Y [n, k]; half of
+      the outputs, rounded up, come from FMB [choice].
+    Res is a learned projection of the token axis, started as "the first n_out tokens pass through", which in the
+    first layer are the set tokens [choice].
+
+    "sliced" deals the tokens round-robin over the experts; since outputs are joined expert by expert, the next layer's
+    deal mixes them, and after two layers every output sees every input [choice]. "all" gives every expert all tokens.
+    Experts are the leading axis of every parameter: they run as batched products and are the unit of expert
+    parallelism.
+
+    Raises:
+      ValueError: inputs or outputs don't divide over the experts, or there are too few outputs per expert to mix.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        width: int,
+        *,
+        experts: int,
+        expert_inputs: ExpertInputs,
+        rank: int,
+        hidden: int,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        if outputs % experts or (expert_inputs == "sliced" and inputs % experts):
+            raise ValueError(
+                f"Wukong experts: {inputs} input and {outputs} output tokens must divide over {experts} experts; "
+                f"change experts, dense_tokens or the event types' n_tokens"
+            )
+        if expert_inputs == "sliced" and 1 < experts and outputs // experts < experts:
+            raise ValueError(
+                f"Wukong experts: {outputs // experts} outputs per expert can't reach all {experts} experts of the "
+                f'next layer; use at most {int(outputs**0.5)} experts or expert_inputs="all"'
+            )
+        self.experts, self.expert_inputs, self.dtype, self.width = experts, expert_inputs, dtype, width
+        n = inputs // experts if expert_inputs == "sliced" else inputs
+        m = outputs // experts
+        n_f = (m + 1) // 2
+        n_l = m - n_f
+        self.n_f = n_f
+        if n_l:
+            self.linear_compression = normal(rngs, (experts, n_l, n), n**-0.5)
+        self.factor = normal(rngs, (experts, n, rank), n**-0.5)
+        self.fm_scale = nnx.Param(jnp.ones((experts, 1, n * rank)))
+        self.fm_bias = nnx.Param(jnp.zeros((experts, 1, n * rank)))
+        self.fm_in = normal(rngs, (experts, n * rank, hidden), (n * rank) ** -0.5)
+        self.fm_in_bias = nnx.Param(jnp.zeros((experts, 1, hidden)))
+        self.fm_out = normal(rngs, (experts, hidden, n_f * width), hidden**-0.5)
+        self.fm_out_bias = nnx.Param(jnp.zeros((experts, 1, n_f * width)))
+        self.residual = nnx.Param(
+            _pass_first(experts, m, n, expert_inputs) + 0.01 * jax.random.normal(rngs.params(), (experts, m, n))
+        )
+        self.scale = nnx.Param(jnp.ones((experts, 1, 1, width)))
+        self.bias = nnx.Param(jnp.zeros((experts, 1, 1, width)))
+
+    def __call__(self, x: Float[Array, "B n_in d"]) -> Float[Array, "B n_out d"]:
+        tokens = self._deal(x.astype(self.dtype))
+        parts = [self._factorisation(tokens)]
+        if hasattr(self, "linear_compression"):
+            parts.append(jnp.einsum("mon,mbnd->mbod", *cast(self.dtype, self.linear_compression), tokens))
+        residual = jnp.einsum("mon,mbnd->mbod", *cast(self.dtype, self.residual), tokens)
+        out = _layer_norm(jnp.concatenate(parts, axis=2) + residual, self.scale, self.bias, self.dtype)
+        return out.transpose(1, 0, 2, 3).reshape(x.shape[0], -1, self.width)
+
+    def _deal(self, x: Float[Array, "B n_in d"]) -> Float[Array, "M B n d"]:
+        if self.expert_inputs == "all":
+            return jnp.broadcast_to(x, (self.experts, *x.shape))
+        return x.reshape(x.shape[0], -1, self.experts, self.width).transpose(2, 0, 1, 3)
+
+    def _factorisation(self, x: Float[Array, "M B n d"]) -> Float[Array, "M B n_f d"]:
+        factor, w_in, b_in, w_out, b_out = cast(
+            self.dtype, self.factor, self.fm_in, self.fm_in_bias, self.fm_out, self.fm_out_bias
+        )
+        fm = jnp.einsum("mbnd,mbdk->mbnk", x, jnp.einsum("mbnd,mnk->mbdk", x, factor))
+        fm = _layer_norm(fm.reshape(*fm.shape[:2], -1), self.fm_scale, self.fm_bias, self.dtype)
+        hidden = nnx.silu(jnp.einsum("mbi,mih->mbh", fm, w_in) + b_in)
+        out = jnp.einsum("mbh,mho->mbo", hidden, w_out) + b_out
+        return out.reshape(*out.shape[:2], self.n_f, self.width)
+
+
+def _layer_norm(x, scale, bias, dtype):
+    """LayerNorm over the last axis in float32, eps 1e-5; scale and bias lead with the expert axis."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
+    return (x * scale[...] + bias[...]).astype(dtype)
+
+
+def _pass_first(experts, m, n, expert_inputs):
+    """[M, m, n]: each output token starts as one input token, in the order in which the experts hold them."""
+    shift = jnp.arange(experts) * m if expert_inputs == "all" else jnp.zeros(experts, jnp.int32)
+    return jax.nn.one_hot(shift[:, None] + jnp.arange(m), n)

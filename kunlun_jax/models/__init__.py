@@ -1,0 +1,1 @@
+"""The models. Each reads top to bottom in one file and maps an EmbeddedBatch to logits [B, tasks]."""
