@@ -1,0 +1,413 @@
+"""MovieLens-100K as a click task: will this user like this film (rate it 4 or 5)?
+
+One sample per rating, in order of (time, user, film); the first 80 % train, the next 10 % validate, the last 10 % test.
+Whatever a sample uses happened in a strictly earlier second. Order alone would not do: users rate lists of films, and
+half of the ratings share their second with another one of the same user, so counts up to the previous row would give
+labels away.
+
+Choices of ours: ages in 5-year steps; zip codes by their first character, the US region, all others in one row; past
+means smoothed as if 5 earlier ratings had come out at the past global mean; dense columns centred and scaled by
+constants that were measured once on the training part and are written down here, so that no sample depends on later
+ones even in its units.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from kunlun_jax.data.samples import Events, Samples
+from kunlun_jax.schema import HOST_PADDING_ID, DenseField, EventType, FeatureSchema, SparseField, Table
+
+TASK = "like"
+RECBOLE_WHEEL = "recbole==1.2.1"
+RECBOLE_FILES = ("ml-100k.inter", "ml-100k.item", "ml-100k.user")
+GROUPLENS_FILES = ("u.data", "u.item", "u.user")
+# In the order of the flags of u.item.
+GENRES = (
+    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
+    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
+)  # fmt: skip
+GENDERS = ("F", "M")
+FIRST_YEAR, LAST_YEAR = 1900, 1999
+LIKED = 4  # stars
+SMOOTHING = 5.0  # ratings
+AGE_STEP, AGE_LIMIT = 5, 100  # years
+ZIP_REGIONS = 10
+DAY, HOUR = 86_400, 3_600
+
+# (centre, scale) of each dense column, rounded from its mean and deviation over the training part.
+SCALES = {
+    "user_count": (4.0, 1.3),
+    "user_mean": (0.58, 0.16),
+    "user_stars": (3.6, 0.4),
+    "user_gap": (3.8, 1.9),
+    "film_count": (3.6, 1.3),
+    "film_mean": (0.58, 0.17),
+    "film_stars": (3.6, 0.4),
+    "user_genre_count": (3.2, 1.3),
+    "user_genre_mean": (0.58, 0.16),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Ratings:
+    """The raw data, ratings ordered by (time, user, film). Users and films are row numbers, in order of their ids.
+
+    Attributes:
+      user, film, stars, time: int64 [ratings]; stars 1 to 5, time in seconds.
+      age, gender, occupation, region: int64 [users]; gender and occupation as row numbers, region the zip code's first
+        digit, ZIP_REGIONS where it has none.
+      year: int64 [films], 0 where unknown.
+      genres: bool [films, GENRES].
+      occupations: how many there are.
+    """
+
+    user: Int[np.ndarray, "ratings"]
+    film: Int[np.ndarray, "ratings"]
+    stars: Int[np.ndarray, "ratings"]
+    time: Int[np.ndarray, "ratings"]
+    age: Int[np.ndarray, "users"]
+    gender: Int[np.ndarray, "users"]
+    occupation: Int[np.ndarray, "users"]
+    region: Int[np.ndarray, "users"]
+    year: Int[np.ndarray, "films"]
+    genres: Bool[np.ndarray, "films genres"]
+    occupations: int
+
+
+def fetch(directory: str | Path) -> Path:
+    """Make sure that `directory` holds MovieLens-100K; return it.
+
+    Files that are there already, in GroupLens' or in RecBole's format, are taken as they are. Otherwise pip downloads
+    the RecBole 1.2.1 wheel, which contains the data set; each file appears in the directory at once and complete.
+
+    Raises:
+      RuntimeError: the download failed; the message says what to do instead.
+    """
+    directory = Path(directory)
+    if any(all((directory / name).is_file() for name in names) for names in (GROUPLENS_FILES, RECBOLE_FILES)):
+        return directory
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=directory) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--only-binary", ":all:", "--retries", "2", "--timeout", "20", "--dest", scratch, RECBOLE_WHEEL]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(scratch).glob("recbole-*.whl"))
+        if result.returncode or len(wheels) != 1:
+            reason = (result.stderr.strip().splitlines() or [f"pip ended with status {result.returncode}"])[-1]
+            raise RuntimeError(
+                f"MovieLens-100K could not be downloaded ({RECBOLE_WHEEL} through pip: {reason}); connect to the "
+                f"network, or give a directory that holds GroupLens' {', '.join(GROUPLENS_FILES)}"
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            for name in RECBOLE_FILES:
+                part = Path(scratch) / name
+                part.write_bytes(wheel.read(f"recbole/dataset_example/ml-100k/{name}"))
+                part.replace(directory / name)
+    return directory
+
+
+def load(directory: str | Path, *, width: int = 16, max_length: int = 200) -> dict[str, Samples]:
+    """The samples of the parts "train", "validation" and "test".
+
+    Args:
+      directory: holds the files, in RecBole's format or in GroupLens' own.
+      width: of every embedding table.
+      max_length: of both event types; the latest events are kept.
+
+    Raises:
+      FileNotFoundError: the directory holds neither format.
+      ValueError: a file cannot be read as what it should be; names file and line.
+    """
+    return prepare(read(directory), width=width, max_length=max_length)
+
+
+def prepare(ratings: Ratings, *, width: int = 16, max_length: int = 200) -> dict[str, Samples]:
+    """`load` for data that has been read."""
+    schema = make_schema(ratings, width=width, max_length=max_length)
+    genre_ids = _multi_hot(ratings.genres)
+    user, film, time = ratings.user, ratings.film, ratings.time
+    sparse = {
+        "user": user,
+        "age": ratings.age[user] // AGE_STEP,
+        "gender": ratings.gender[user],
+        "occupation": ratings.occupation[user],
+        "zip": ratings.region[user],
+        "hour": time // HOUR % 24,
+        "weekday": (time // DAY + 3) % 7,  # 0 is Monday; the epoch began on a Thursday
+        "film": film,
+        "year": _year_ids(ratings.year)[film],
+        "genres": genre_ids[film],
+    }
+    dense = {name: (column - SCALES[name][0]) / SCALES[name][1] for name, column in past_statistics(ratings).items()}
+    liked = ratings.stars >= LIKED
+    histories = {"liked": _history(ratings, liked, genre_ids), "disliked": _history(ratings, ~liked, genre_ids)}
+
+    n = len(time)
+    ends = {"train": (0, n * 8 // 10), "validation": (n * 8 // 10, n * 9 // 10), "test": (n * 9 // 10, n)}
+    parts = {}
+    for part, (first, last) in ends.items():
+        rows = slice(first, last)
+        parts[part] = Samples.bind(
+            schema,
+            dense={name: column[rows] for name, column in dense.items()},
+            sparse={name: column[rows] for name, column in sparse.items()},
+            events={
+                name: Events(events.columns, events.time, events.start[rows], events.stop[rows])
+                for name, events in histories.items()
+            },
+            request_time=time[rows],
+            labels=liked[rows],
+        )
+    return parts
+
+
+def make_schema(ratings: Ratings, *, width: int, max_length: int) -> FeatureSchema:
+    """The user's fields and histories belong to the request, the film's and the user-genre's to the candidate."""
+    rows = {
+        "user": len(ratings.age), "age": AGE_LIMIT // AGE_STEP, "gender": len(GENDERS),
+        "occupation": ratings.occupations, "zip": ZIP_REGIONS + 1, "hour": 24, "weekday": 7,
+        "film": len(ratings.year), "year": LAST_YEAR - FIRST_YEAR + 2, "genre": len(GENRES), "rating": 5,
+    }  # fmt: skip
+    max_genres = int(ratings.genres.sum(axis=1).max())
+    event_fields = (
+        SparseField("film", "film"),
+        SparseField("genres", "genre", max_ids=max_genres),
+        SparseField("rating", "rating"),
+    )
+    return FeatureSchema(
+        tables=tuple(Table(name, count, width) for name, count in rows.items()),
+        dense=tuple(DenseField(name, scope="request" if name in _REQUEST_DENSE else "candidate") for name in SCALES),
+        sparse=(
+            *(SparseField(f, f) for f in ("user", "age", "gender", "occupation", "zip", "hour", "weekday")),
+            SparseField("film", "film", scope="candidate"),
+            SparseField("year", "year", scope="candidate"),
+            SparseField("genres", "genre", scope="candidate", max_ids=max_genres),
+        ),
+        events=tuple(EventType(name, max_length, sparse=event_fields) for name in ("liked", "disliked")),
+        tasks=(TASK,),
+        group="user",
+    )
+
+
+_REQUEST_DENSE = ("user_count", "user_mean", "user_stars", "user_gap")
+
+
+def past_statistics(ratings: Ratings) -> dict[str, Float[np.ndarray, "ratings"]]:
+    """What each rating's second knows of the past: counts as log(1 + n), smoothed shares of likes and mean stars.
+
+    `user_gap` is log(1 + seconds since the user's previous rating), 0 before the first. The user-genre statistics pool
+    the user's earlier ratings over the genres of the film at hand, so a film with two of them counts twice.
+    """
+    user, film, time = ratings.user, ratings.film, ratings.time
+    stars = ratings.stars.astype(np.float64)
+    values = np.stack([np.ones_like(stars), stars >= LIKED, stars], axis=1)
+    everything = _past_sums(np.zeros_like(user), time, values)
+    # Before the first second ever there is no global mean to smooth towards: one like, one dislike of 3.5 stars.
+    prior = (everything + np.array([2.0, 1.0, 7.0])) / (everything[:, :1] + 2.0)
+
+    rating, genre = np.nonzero(ratings.genres[film])
+    by_genre = _past_sums(user[rating] * len(GENRES) + genre, time[rating], values[rating])
+    by_genre = np.stack([np.bincount(rating, column, minlength=len(user)) for column in by_genre.T], axis=1)
+
+    def smoothed(sums, which):
+        return (sums[:, which] + SMOOTHING * prior[:, which]) / (sums[:, 0] + SMOOTHING)
+
+    of_user, of_film = _past_sums(user, time, values), _past_sums(film, time, values)
+    return {
+        "user_count": np.log1p(of_user[:, 0]),
+        "user_mean": smoothed(of_user, 1),
+        "user_stars": smoothed(of_user, 2),
+        "user_gap": _log_gap(user, time),
+        "film_count": np.log1p(of_film[:, 0]),
+        "film_mean": smoothed(of_film, 1),
+        "film_stars": smoothed(of_film, 2),
+        "user_genre_count": np.log1p(by_genre[:, 0]),
+        "user_genre_mean": smoothed(by_genre, 1),
+    }
+
+
+def _runs(key: np.ndarray, time: np.ndarray):
+    """Rows ordered by (key, time); for each place in that order, where its key and its (key, time) run begin."""
+    order = np.lexsort((time, key))
+    key, time = key[order], time[order]
+    new_key = np.diff(key, prepend=key[:1] - 1) != 0
+    new_run = new_key | (np.diff(time, prepend=time[:1] - 1) != 0)
+    places = np.arange(len(key))
+    key_start = np.maximum.accumulate(np.where(new_key, places, 0))
+    run_start = np.maximum.accumulate(np.where(new_run, places, 0))
+    return order, key_start, run_start
+
+
+def _past_sums(key: np.ndarray, time: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """For each row, the sum of `values` [rows, k] over the rows of the same key with a strictly earlier time."""
+    order, key_start, run_start = _runs(key, time)
+    before = np.concatenate([np.zeros((1, values.shape[1])), np.cumsum(values[order], axis=0)])
+    sums = np.empty_like(before[1:])
+    sums[order] = before[run_start] - before[key_start]
+    return sums
+
+
+def _log_gap(user: np.ndarray, time: np.ndarray) -> np.ndarray:
+    order, key_start, run_start = _runs(user, time)
+    gap = np.where(run_start > key_start, time[order] - time[order][run_start - 1], 0)
+    result = np.empty(len(gap))
+    result[order] = np.log1p(gap)
+    return result
+
+
+def _history(ratings: Ratings, chosen: np.ndarray, genre_ids: np.ndarray) -> Events:
+    """The chosen ratings as events, user by user, with each sample's span: its user's before its second."""
+    events = np.flatnonzero(chosen)
+    events = events[np.argsort(ratings.user[events], kind="stable")]
+    # One increasing number per (user, time), to find both ends of every span by bisection.
+    origin = ratings.time.min()
+    stride = ratings.time.max() - origin + 1
+    place = ratings.user * stride + (ratings.time - origin)
+    film = ratings.film[events]
+    return Events(
+        columns={"film": film, "genres": genre_ids[film], "rating": ratings.stars[events] - 1},
+        time=ratings.time[events],
+        start=np.searchsorted(place[events], ratings.user * stride),
+        stop=np.searchsorted(place[events], place),
+    )
+
+
+def _multi_hot(flags: np.ndarray) -> np.ndarray:
+    """Flags [rows, k] as ids [rows, most flags of a row], -1 as padding."""
+    most = int(flags.sum(axis=1).max())
+    row, column = np.nonzero(flags)
+    ids = np.full((len(flags), most), HOST_PADDING_ID)
+    ids[row, np.arange(len(row)) - np.searchsorted(row, row)] = column
+    return ids
+
+
+def _year_ids(year: np.ndarray) -> np.ndarray:
+    return np.where(year == 0, 0, np.clip(year, FIRST_YEAR, LAST_YEAR) - FIRST_YEAR + 1)
+
+
+# --- reading the files ---------------------------------------------------------------------------------------------
+
+
+def read(directory: str | Path) -> Ratings:
+    """Read the files of either format; see `load`."""
+    directory = Path(directory)
+    if all((directory / name).is_file() for name in GROUPLENS_FILES):
+        ratings, films, users = (directory / name for name in GROUPLENS_FILES)
+        numbers = _read_ratings(ratings, skip=0)
+        film_rows = [
+            (fields[0], _title_year(fields[1]), [int(flag) == 1 for flag in fields[5:]])
+            for fields in _lines(films, "|", fields=5 + len(GENRES), encoding="latin-1")
+        ]
+        user_rows = list(_lines(users, "|", fields=5, encoding="latin-1"))
+    elif all((directory / name).is_file() for name in RECBOLE_FILES):
+        ratings, films, users = (directory / name for name in RECBOLE_FILES)
+        numbers = _read_ratings(ratings, skip=1)
+        film_rows = [
+            (fields[0], int(fields[2]) if fields[2].isdigit() else 0, _genre_flags(films, fields))
+            for fields in _lines(films, "\t", fields=4, skip=1)
+        ]
+        user_rows = list(_lines(users, "\t", fields=5, skip=1))
+    else:
+        raise FileNotFoundError(
+            f"{directory} holds neither {', '.join(GROUPLENS_FILES)} nor {', '.join(RECBOLE_FILES)}; "
+            f"`fetch` downloads MovieLens-100K"
+        )
+    user_ids, user_rows = _by_id(users, user_rows)
+    film_ids, film_rows = _by_id(films, film_rows)
+    user = _rows_of(ratings, "user", numbers[:, 0], user_ids, users)
+    film = _rows_of(ratings, "film", numbers[:, 1], film_ids, films)
+    _, age, gender, occupation, code = zip(*user_rows, strict=True)
+    occupations = sorted(set(occupation))
+    order = np.lexsort((film, user, numbers[:, 3]))
+    return Ratings(
+        user=user[order],
+        film=film[order],
+        stars=numbers[order, 2],
+        time=numbers[order, 3],
+        age=_parse_all(users, "age", age, range(AGE_LIMIT), int),
+        gender=_parse_all(users, "gender", gender, range(len(GENDERS)), GENDERS.index),
+        occupation=np.array([occupations.index(name) for name in occupation]),
+        region=np.array([int(text[0]) if text[:1].isdecimal() else ZIP_REGIONS for text in code]),
+        year=np.array([row[1] for row in film_rows]),
+        genres=np.array([row[2] for row in film_rows], dtype=bool),
+        occupations=len(occupations),
+    )
+
+
+def _read_ratings(path: Path, *, skip: int) -> np.ndarray:
+    """int64 [ratings, 4]: user id, film id, stars, time."""
+    try:
+        numbers = np.loadtxt(path, delimiter="\t", skiprows=skip, ndmin=2)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if len(numbers) == 0 or numbers.shape[1] != 4:
+        raise ValueError(f"{path}: expected lines of user, film, rating and time, got {list(numbers.shape)} numbers")
+    if not np.isfinite(numbers).all() or (numbers != np.floor(numbers)).any():
+        row = int(np.argmax((~np.isfinite(numbers) | (numbers != np.floor(numbers))).any(axis=1)))
+        raise ValueError(f"{path}, line {row + skip + 1}: {numbers[row].tolist()} are not all whole numbers")
+    numbers = numbers.astype(np.int64)
+    if (bad := (numbers[:, 2] < 1) | (numbers[:, 2] > 5)).any():
+        row = int(np.argmax(bad))
+        raise ValueError(f"{path}, line {row + skip + 1}: rating {numbers[row, 2]} is outside 1 to 5")
+    return numbers
+
+
+def _lines(path: Path, separator: str, *, fields: int, skip: int = 0, encoding: str = "utf-8"):
+    for number, line in enumerate(path.read_text(encoding).splitlines(), start=1):
+        parts = line.split(separator)
+        if number <= skip or not line:
+            continue
+        if len(parts) != fields:
+            raise ValueError(f"{path}, line {number}: {len(parts)} fields divided by {separator!r}, expected {fields}")
+        yield parts
+
+
+def _genre_flags(path: Path, fields: list[str]) -> list[bool]:
+    names = fields[3].split()
+    if unknown := set(names) - set(GENRES):
+        raise ValueError(f"{path}, film {fields[0]}: unknown genres {sorted(unknown)}; there are {list(GENRES)}")
+    return [genre in names for genre in GENRES]
+
+
+def _title_year(title: str) -> int:
+    """The year that ends a title, 0 where there is none (as in RecBole's files)."""
+    match = re.search(r"\((\d{4})\)\s*$", title)
+    return int(match[1]) if match else 0
+
+
+def _by_id(path: Path, rows: list) -> tuple[np.ndarray, list]:
+    """Rows in the order of their first field, the id; and the ids."""
+    ids = _parse_all(path, "id", [row[0] for row in rows], range(np.iinfo(np.int64).max), int)
+    if not len(ids) or len(np.unique(ids)) < len(ids):
+        raise ValueError(f"{path}: {len(ids)} entries with {len(np.unique(ids))} different ids; ids must be unique")
+    order = np.argsort(ids)
+    return ids[order], [rows[i] for i in order]
+
+
+def _parse_all(path: Path, what: str, texts, allowed: range, parse) -> np.ndarray:
+    values = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            value = parse(text)
+        except ValueError:
+            value = None
+        if value is None or value not in allowed:
+            raise ValueError(f"{path}, entry {number}: {what} {text!r} is not valid")
+        values.append(value)
+    return np.array(values, np.int64)
+
+
+def _rows_of(path: Path, what: str, ids: np.ndarray, known: np.ndarray, source: Path) -> np.ndarray:
+    rows = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+    if (bad := known[rows] != ids).any():
+        place = int(np.argmax(bad))
+        raise ValueError(f"{path}, rating {place + 1}: {what} {ids[place]} is not in {source}")
+    return rows
