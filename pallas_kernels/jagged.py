@@ -47,3 +47,9 @@ def zeros(shape: tuple[int, ...], dtype, like: Array) -> Float[Array, "..."]:
     axes = tuple(varying(like))
     z = jnp.zeros(shape, dtype)
     return lax.pcast(z, axes, to="varying") if axes else z
+
+
+def span_rows(starts: Int32[Array, "B"], lengths: Int32[Array, "B"], max_length: int, rows: int) -> Int32[Array, "B T"]:
+    """The rows of each sample, then `rows`, which mode="fill" and mode="drop" leave out."""
+    offset = jnp.arange(max_length, dtype=jnp.int32)
+    return jnp.where(offset < lengths[:, None], starts[:, None] + offset, rows)

@@ -72,7 +72,7 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 
 
-def per_head(activation: str | tuple[str, ...], heads: int) -> tuple[str, ...]:
+def per_head(operator: str, activation: str | tuple[str, ...], heads: int) -> tuple[str, ...]:
     """One activation name per head.
 
     Raises:
@@ -81,9 +81,9 @@ def per_head(activation: str | tuple[str, ...], heads: int) -> tuple[str, ...]:
     names = (activation,) * heads if isinstance(activation, str) else tuple(activation)
     for name in names:
         if name not in ACTIVATIONS:
-            raise ValueError(f"activation {name!r} is unknown; there are {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"{operator}: activation {name!r} is unknown; there are {', '.join(ACTIVATIONS)}")
     if len(names) != heads:
-        raise ValueError(f"activation names {len(names)} heads, but q has {heads}")
+        raise ValueError(f"{operator}: activation names {len(names)} heads, but q has {heads}")
     return names
 
 

@@ -1,15 +1,12 @@
 """Generalised dot-product attention (GDPA) on packed samples: the public operators and their checks."""
 
-import math
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.arguments import check_float, check_heads, check_scale, check_spans
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.gdpa import block, mosaic, reference, xla
 from pallas_kernels.gdpa.activations import per_head
-from pallas_kernels.spans import check_spans, static_length
 
 GDPA = (
     Implementation("mosaic_gpu", mosaic.mosaic_gpu, mosaic.unsupported),
@@ -54,7 +51,7 @@ def gdpa(
         where lengths are concrete and undefined inside jit.
       activation: identity, relu, relu2, leaky_relu, gelu, gelu_tanh, silu or hardswish, or a tuple with one per head.
       scale: static factor > 0 before the activation: the paper's 1/τ [fig].
-      post_scale: static factor after the activation: Meta's released kernel has it [meta].
+      post_scale: static factor > 0 after the activation: Meta's released kernel has it [meta].
       implementation: "mosaic_gpu" (Hopper, bfloat16 and float16, D 64 and 128), "xla" or "reference"; None takes the
         first that supports the call and warns about what it passed over.
 
@@ -64,8 +61,8 @@ def gdpa(
       ValueError: shapes, dtypes, spans, activation or scales that don't fit, naming the argument and the numbers.
       NotImplementedError: the named implementation can't run this call.
     """
-    operands, static = _checked(q, k, v, q_starts, q_lengths, kv_starts, kv_lengths, max_q_length, max_kv_length,
-                                activation, scale, post_scale)
+    operands, static = _checked("gdpa", q, k, v, q_starts, q_lengths, kv_starts, kv_lengths, max_q_length,
+                                max_kv_length, activation, scale, post_scale)
     return dispatch("gdpa", GDPA, implementation, *operands, **static)
 
 
@@ -93,52 +90,25 @@ def gdpa_block(
 
     Arguments, rows outside the samples and errors as in `gdpa`; eps > 0 is added to the variance and the mean square.
     """
-    operands, static = _checked(q, k, v, q_starts, q_lengths, kv_starts, kv_lengths, max_q_length, max_kv_length,
-                                activation, scale, post_scale)
-    return dispatch("gdpa_block", GDPA_BLOCK, implementation, *operands, **static, eps=_static_float("eps", eps))
+    operands, static = _checked("gdpa_block", q, k, v, q_starts, q_lengths, kv_starts, kv_lengths, max_q_length,
+                                max_kv_length, activation, scale, post_scale)
+    eps = check_scale("gdpa_block", "eps", eps)
+    return dispatch("gdpa_block", GDPA_BLOCK, implementation, *operands, **static, eps=eps)
 
 
-def _checked(q, k, v, q_starts, q_lengths, kv_starts, kv_lengths, max_q_length, max_kv_length, activation, scale,
-             post_scale):
-    q, k, v, *spans = map(jnp.asarray, (q, k, v, q_starts, q_lengths, kv_starts, kv_lengths))
-    _check_operands(q, k, v)
-    max_q_length = static_length("max_q_length", max_q_length, q.shape[0])
-    max_kv_length = static_length("max_kv_length", max_kv_length, k.shape[0])
-    check_spans("q_", *spans[:2], rows=q.shape[0], max_length=max_q_length, disjoint=True)
-    check_spans("kv_", *spans[2:], rows=k.shape[0], max_length=max_kv_length, disjoint=False)
-    if spans[0].shape != spans[2].shape:
-        raise ValueError(f"q_starts has {spans[0].shape[0]} samples, kv_starts has {spans[2].shape[0]}")
-    static = dict(
-        max_q_length=max_q_length,
-        max_kv_length=max_kv_length,
-        activation=per_head(activation, q.shape[1]),
-        scale=_static_float("scale", scale),
-        post_scale=_static_float("post_scale", post_scale, positive=False),
-    )
-    return (q, k, v, *spans), static
-
-
-def _check_operands(q, k, v) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 3:
-            raise ValueError(f"{name} must be [N, H, D], not {list(x.shape)}")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{name} must be floating point, not {x.dtype}")
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name} is {x.dtype}, but q is {q.dtype}; cast one of them")
-        if x.shape[2] != q.shape[2]:
-            raise ValueError(f"{name} has width {x.shape[2]}, but q has {q.shape[2]}")
-    for axis, what in ((0, "rows"), (1, "heads")):
-        if k.shape[axis] != v.shape[axis]:
-            raise ValueError(f"k has {k.shape[axis]} {what}, but v has {v.shape[axis]}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q has {q.shape[1]} heads, which is no multiple of the {k.shape[1]} heads of k and v")
-
-
-def _static_float(name: str, value, *, positive: bool = True) -> float:
-    if isinstance(value, jax.core.Tracer):
-        raise ValueError(f"{name} must be a number known while tracing, not {value}; don't pass it through jit")
-    value = float(value)
-    if not math.isfinite(value) or (positive and value <= 0):
-        raise ValueError(f"{name}={value} must be {'a finite number > 0' if positive else 'finite'}")
-    return value
+def _checked(operator, q, k, v, q_starts, q_lengths, kv_starts, kv_lengths, max_q_length, max_kv_length, activation,
+             scale, post_scale):
+    """Operands and static arguments as the implementations take them, after all checks."""
+    q, k, v = map(jnp.asarray, (q, k, v))
+    check_heads(operator, "q", q, k, v)
+    check_float(operator, q=q, k=k, v=v)
+    q_starts, q_lengths, max_q_length = check_spans(operator, q_starts, q_lengths, rows=q.shape[0],
+                                                    max_length=max_q_length, prefix="q_")
+    kv_starts, kv_lengths, max_kv_length = check_spans(operator, kv_starts, kv_lengths, rows=k.shape[0],
+                                                       max_length=max_kv_length, prefix="kv_", may_coincide=True)
+    if q_starts.shape != kv_starts.shape:
+        raise ValueError(f"{operator}: q_starts has {q_starts.shape[0]} samples, kv_starts has {kv_starts.shape[0]}")
+    static = dict(max_q_length=max_q_length, max_kv_length=max_kv_length,
+                  activation=per_head(operator, activation, q.shape[1]), scale=check_scale(operator, "scale", scale),
+                  post_scale=check_scale(operator, "post_scale", post_scale))
+    return (q, k, v, q_starts, q_lengths, kv_starts, kv_lengths), static

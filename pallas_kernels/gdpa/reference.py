@@ -7,7 +7,7 @@ function is the operator's FLOP count.
 import jax.numpy as jnp
 
 from pallas_kernels.gdpa.activations import ACTIVATIONS
-from pallas_kernels.spans import span_rows
+from pallas_kernels.jagged import span_rows
 
 
 def reference(q, k, v, q_starts, q_lengths, kv_starts, kv_lengths, *, max_q_length, max_kv_length, activation, scale,

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.gdpa.activations import ACTIVATIONS
-from pallas_kernels.spans import chunk_plan, span_rows, vary_together, zeros_like_varying
+from pallas_kernels.jagged import chunks, span_rows, vary_together, zeros
 
 CPU_CHUNK = 32  # query rows per chunk; a short sample wastes at most 31
 CPU_SCORES = 1 << 19  # scores alive at once: 2 MB of float32 stays in a core's cache
@@ -80,9 +80,8 @@ def _blocks(static: Static, q, q_starts, q_lengths) -> _Blocks:
     on_cpu = jax.default_backend() == "cpu"
     chunk = min(CPU_CHUNK, static.max_q_length) if on_cpu else static.max_q_length
     size = max(1, (CPU_SCORES if on_cpu else GPU_SCORES) // (heads * chunk * static.max_kv_length))
-    sample, first, count = chunk_plan(q_starts, q_lengths, n, chunk)
+    sample, first, count, live = chunks(q_starts, q_lengths, n, chunk)
     size = min(size, sample.shape[0])
-    live = (jnp.sum((q_lengths + chunk - 1) // chunk) + size - 1) // size
 
     def block(x):
         return jnp.pad(x, (0, -x.shape[0] % size)).reshape(-1, size)
@@ -90,7 +89,7 @@ def _blocks(static: Static, q, q_starts, q_lengths) -> _Blocks:
     first, count = block(first), block(count)
     offset = jnp.arange(chunk, dtype=jnp.int32)
     rows = jnp.where(offset < count[..., None], first[..., None] + offset, n)
-    return _Blocks(block(sample), rows, live)
+    return _Blocks(block(sample), rows, -(-live // size))
 
 
 def _gather(x, rows):
@@ -135,14 +134,14 @@ def _sum_rows(weights, a):
     return jnp.einsum("mkgcf,mckgd->mfkd", weights.astype(a.dtype), a, preferred_element_type=wide)
 
 
-def _nothing_to_do(static: Static, q, q_starts) -> bool:
-    return 0 in (q.size, q_starts.shape[0], static.max_q_length, static.max_kv_length)
+def _nothing_to_do(static: Static, q) -> bool:
+    return 0 in (q.size, static.max_q_length, static.max_kv_length)
 
 
 def forward(static: Static, q, k, v, q_starts, q_lengths, kv_starts, kv_lengths):
     """out [N, H, D]."""
-    if _nothing_to_do(static, q, q_starts):
-        return zeros_like_varying(q.shape, q.dtype, q)
+    if _nothing_to_do(static, q):
+        return zeros(q.shape, q.dtype, q)
     grouped = (k.shape[1], q.shape[1] // k.shape[1], q.shape[2])
     kv_rows = span_rows(kv_starts, kv_lengths, static.max_kv_length, k.shape[0])
     keys, values = _gather(k, kv_rows), _gather(v, kv_rows)
@@ -154,13 +153,13 @@ def forward(static: Static, q, k, v, q_starts, q_lengths, kv_starts, kv_lengths)
         y = _mix(_weights(static, _scores(queries, keys[sample]), slopes=False), values[sample])
         return out.at[rows].set(y.reshape(*rows.shape, *q.shape[1:]).astype(q.dtype), mode="drop")
 
-    return lax.fori_loop(0, blocks.live, body, zeros_like_varying(q.shape, q.dtype, q))
+    return lax.fori_loop(0, blocks.live, body, zeros(q.shape, q.dtype, q))
 
 
 def backward(static: Static, q, k, v, do, q_starts, q_lengths, kv_starts, kv_lengths):
     """dq, dk, dv in the operands' dtypes."""
-    if _nothing_to_do(static, q, q_starts):
-        return tuple(zeros_like_varying(x.shape, x.dtype, q) for x in (q, k, v))
+    if _nothing_to_do(static, q):
+        return tuple(zeros(x.shape, x.dtype, q) for x in (q, k, v))
     grouped = (k.shape[1], q.shape[1] // k.shape[1], q.shape[2])
     wide = jnp.promote_types(q.dtype, jnp.float32)
     kv_rows = span_rows(kv_starts, kv_lengths, static.max_kv_length, k.shape[0])
@@ -182,9 +181,9 @@ def backward(static: Static, q, k, v, do, q_starts, q_lengths, kv_starts, kv_len
         )
 
     init = (
-        zeros_like_varying(q.shape, q.dtype, q),
-        zeros_like_varying(keys.shape, wide, q),
-        zeros_like_varying(values.shape, wide, q),
+        zeros(q.shape, q.dtype, q),
+        zeros(keys.shape, wide, q),
+        zeros(values.shape, wide, q),
     )
     dq, dk, dv = lax.fori_loop(0, blocks.live, body, init)
     return dq, *(
@@ -193,7 +192,7 @@ def backward(static: Static, q, k, v, do, q_starts, q_lengths, kv_starts, kv_len
 
 
 def add_samples(per_sample, kv_rows, kv_starts, kv_lengths, rows: int):
-    """Sum [B, F, ...] into [rows, ...] where several samples may have the same span: one sample of each span at a time."""
+    """Sum [B, F, ...] into [rows, ...]. Samples may have the same span: one sample of each span is added at a time."""
     b = jnp.arange(kv_starts.shape[0])
     same = (kv_starts[:, None] == kv_starts) & (kv_lengths[:, None] > 0) & (kv_lengths > 0)
     earlier = jnp.sum(same & (b < b[:, None]), axis=1)
@@ -202,5 +201,5 @@ def add_samples(per_sample, kv_rows, kv_starts, kv_lengths, rows: int):
         chosen = jnp.where((earlier == r)[:, None], kv_rows, rows)
         return total.at[chosen].add(per_sample, mode="drop")
 
-    total = zeros_like_varying((rows, *per_sample.shape[2:]), per_sample.dtype, per_sample)
+    total = zeros((rows, *per_sample.shape[2:]), per_sample.dtype, per_sample)
     return lax.fori_loop(0, jnp.max(earlier) + 1, one_round, total)

@@ -1,0 +1,144 @@
+"""What the Hopper kernels share: buffers that take any row offset, tails of samples, and what a kernel can't run.
+
+A kernel is Pallas Mosaic GPU code for sm_90a: warpgroups that compute beside one that issues TMA copies.
+"""
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+PANEL = 64  # columns of 16-bit elements in one 128-byte swizzled row
+SHARED_MEMORY = 227 * 1024  # bytes one block may use on sm_90
+
+# wgmma reads tiles of 8 rows. TMA with that tiling addresses wrongly from rows that are not multiples of 8
+# (github.com/jax-ml/jax/issues/34102). For a 64-column panel, tiles of one row are the same bytes and take any row.
+WGMMA_TILES = (plgpu.TilingTransform((8, PANEL)), plgpu.SwizzleTransform(128))
+TMA_TILES = (plgpu.TilingTransform((1, PANEL)), plgpu.SwizzleTransform(128))
+
+
+def unsupported_device() -> str | None:
+    """Why the default device can't run a Hopper kernel, or None."""
+    if (backend := jax.default_backend()) != "gpu":
+        return f"needs an NVIDIA Hopper GPU, the default backend is {backend}"
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "none")
+    if not str(capability).startswith("9."):
+        return f"needs compute capability 9.0 (Hopper), {device.device_kind} has {capability}"
+    return None
+
+
+def unsupported_operands(**operands) -> str | None:
+    """Why arrays [N, H, D] are nothing for the kernels, or None."""
+    for name, x in operands.items():
+        if x.dtype not in (jnp.bfloat16, jnp.float16):
+            return f"{name} is {x.dtype}, the kernels take bfloat16 and float16"
+        if x.shape[2] not in (64, 128):
+            return f"{name} has head width {x.shape[2]}, the kernels have 64 and 128"
+        if x.shape[0] < 128:
+            return f"{name} has {x.shape[0]} rows, the kernels copy boxes of 128"
+    return None
+
+
+def sm_count() -> int:
+    """Streaming multiprocessors of the default device: the size of a persistent grid."""
+    return jax.devices()[0].core_count
+
+
+def row_buffer(shape, dtype, *, interpret):
+    """Shared memory [..., rows, 64] that TMA fills at any row offset and wgmma reads; see `row_views`.
+
+    The interpreter keeps the members of a RefUnion apart, so there it is one plain buffer.
+    """
+    if interpret:
+        return plgpu.SMEM(shape, dtype, transforms=WGMMA_TILES)
+    return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=TMA_TILES),
+                          plgpu.SMEM(shape, dtype, transforms=WGMMA_TILES))
+
+
+def row_views(buffer, *, interpret):
+    """(the view for TMA, the view for wgmma) of a `row_buffer`."""
+    return (buffer, buffer) if interpret else buffer
+
+
+def store_buffer(shape, dtype):
+    """Shared memory [..., rows, 64] that registers fill and TMA stores to any row offset."""
+    return plgpu.SMEM(shape, dtype, transforms=TMA_TILES)
+
+
+def shared_bytes(scratch) -> int:
+    """Shared memory that these scratch types take; every buffer starts at a multiple of 1024 bytes."""
+    total = 0
+    for x in jax.tree.leaves(scratch, is_leaf=lambda x: isinstance(x, (plgpu.RefUnion, plgpu.Barrier))):
+        if isinstance(x, plgpu.Barrier):
+            total += 1024
+            continue
+        members = x.refs if isinstance(x, plgpu.RefUnion) else (x,)
+        total += max(-(-_bytes(m) // 1024) * 1024 for m in members)
+    return total
+
+
+def _bytes(ref) -> int:
+    aval = ref.get_array_aval()
+    return aval.size * aval.dtype.itemsize
+
+
+def _powers(total: int):
+    """total/2, …, 2, 1 for a power of two."""
+    return [1 << e for e in reversed(range(total.bit_length() - 1))]
+
+
+def store_rows(src_smem, dst_gmem, row, count, columns):
+    """Store rows [0, count) of `src_smem` [R, 64] to rows row… of `dst_gmem` [N, …], R a power of two, 0 <= count <= R.
+
+    No other row is touched: rows are never written twice, so results don't depend on the order of stores. `columns`
+    indexes the remaining axes. Commits no group; see `plgpu.commit_smem_to_gmem_group`.
+    """
+    total = src_smem.shape[0]
+
+    def copy(offset, size):
+        plgpu.copy_smem_to_gmem(src_smem.at[pl.ds(offset, size)], dst_gmem.at[(pl.ds(row + offset, size), *columns)],
+                                commit_group=False)
+
+    @pl.when(count == total)
+    def _():
+        copy(0, total)
+
+    @pl.when(count < total)
+    def _():
+        for size in _powers(total):
+            @pl.when((count & size) != 0)
+            def _(size=size):
+                copy(count & ~(2 * size - 1), size)
+
+
+def tail_arrivals(total: int) -> int:
+    """Arrivals of one `load_rows_zero_tail` of `total` rows."""
+    return 2 * len(_powers(total))
+
+
+def load_rows_zero_tail(src_gmem, dst_smem, row, count, columns, barrier):
+    """Load rows row … row + count - 1 of `src_gmem` [N, …] into `dst_smem` [R, 64] (its TMA view) and zero its other
+    rows, 0 <= count < R, R a power of two. Arrives `tail_arrivals(R)` times at `barrier`.
+
+    What lies behind a sample may be NaN, and 0·NaN is NaN: masking the other operand of a product is not enough.
+    The zeros come from TMA itself, which fills what it reads past the end of an array.
+    """
+    total, end = dst_smem.shape[0], src_gmem.shape[0]
+    zeros = total - count
+
+    def copy(size, source, offset):
+        plgpu.copy_gmem_to_smem(src_gmem.at[(pl.ds(source, size), *columns)], dst_smem.at[pl.ds(offset, size)], barrier)
+
+    for size in _powers(total):
+        above = ~(2 * size - 1)
+        for bits, source, offset in (
+            (count, row + (count & above), count & above),
+            (zeros, jnp.int32(end) + (count & 0), count + (zeros & above)),
+        ):
+            lax.cond(
+                (bits & size) != 0,
+                lambda size=size, source=source, offset=offset: copy(size, source, offset),
+                lambda: plgpu.barrier_arrive(barrier),
+            )
