@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from kunlun_jax.batch import Batch
 from kunlun_jax.jagged import Jagged, capacities, choose_bucket, deal_to_shards, pack, span_index
-from kunlun_jax.schema import PADDING_ID, TIME_FIELDS, EventType, FeatureSchema, SparseField, bind_ids
+from kunlun_jax.schema import HOST_PADDING_ID, PADDING_ID, TIME_FIELDS, EventType, FeatureSchema, SparseField, bind_ids
 
 FILLER = -1  # stands in a list of sample indices for a sample of weight 0
 
@@ -245,8 +245,8 @@ def _bind(schema: FeatureSchema, field: SparseField, name: str, ids, rows: int, 
     try:
         bound, replaced = bind_ids(field, table, ids)
     except ValueError as error:
-        beyond = (ids < -1) | (ids >= table.rows)
-        row = int(np.argmax(beyond.any(axis=1)))
+        bad = ids < HOST_PADDING_ID if (ids < HOST_PADDING_ID).any() else ids >= table.rows
+        row = int(np.argmax(bad.any(axis=1)))
         raise ValueError(f"{name}, row {row}: {error}") from None
     except TypeError as error:
         raise TypeError(f"{name}: {error}") from None
@@ -266,7 +266,8 @@ def _numbers(name: str, values, shape: tuple[int, ...]) -> np.ndarray:
         raise TypeError(f"{name}: expected numbers, got {values.dtype}")
     if values.shape != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(values.shape)}")
-    values = values.astype(np.float32)
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
     if not np.isfinite(values).all():
         row = int(np.argwhere(~np.isfinite(values))[0][0])
         raise ValueError(f"{name}: row {row} holds {values[row]}, which is not a finite float32")
