@@ -311,7 +311,7 @@ def test_step_has_no_operation_of_the_tables_size_but_the_scatter():
             memory = compiled.memory_analysis()
             temporaries.append(memory.temp_size_in_bytes)
             assert memory.alias_size_in_bytes >= rows * 5 * 4  # rows of width 4 and the accumulator
-            assert operations_of_size(compiled, rows) <= {"scatter", "fusion", "while", "call"}, rows
+            assert operations_of_size(compiled, rows) <= {"scatter", "fusion"}, rows  # of the scatter alone
         assert max(temporaries) - min(temporaries) < 4096, temporaries
         assert max(temporaries) < 1_000_000
 
