@@ -31,8 +31,9 @@ def check_float(operator: str, **arrays: Array) -> None:
         raise ValueError(f"{operator}: operands must share one dtype of {', '.join(FLOAT_DTYPES)}; got {found}")
 
 
-def check_heads(operator: str, query: str, q: Float[Array, "_ H D"], k: Float[Array, "Nkv Hkv D"],
-                v: Float[Array, "Nkv Hkv D"]) -> None:
+def check_heads(
+    operator: str, query: str, q: Float[Array, "_ H D"], k: Float[Array, "Nkv Hkv D"], v: Float[Array, "Nkv Hkv D"]
+) -> None:
     """Raise ValueError unless q, k, v have rank 3, k and v agree, and H is a multiple of Hkv (grouped queries)."""
     check_rank(operator, query, q, "rows H D")
     check_rank(operator, "k", k, "N Hkv D")
@@ -41,8 +42,10 @@ def check_heads(operator: str, query: str, q: Float[Array, "_ H D"], k: Float[Ar
     if q.shape[2] != k.shape[2]:
         raise ValueError(f"{operator}: {query} has head width {q.shape[2]}, k and v have {k.shape[2]}")
     if q.shape[2] == 0 or k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{operator}: {query} has {q.shape[1]} heads, which is not a positive multiple of the "
-                         f"{k.shape[1]} heads of k and v (head width {q.shape[2]})")
+        raise ValueError(
+            f"{operator}: {query} has {q.shape[1]} heads, which is not a positive multiple of the "
+            f"{k.shape[1]} heads of k and v (head width {q.shape[2]})"
+        )
 
 
 def check_scale(operator: str, name: str, scale: float) -> float:
@@ -66,9 +69,16 @@ def check_count(operator: str, name: str, value: int) -> int:
     return count
 
 
-def check_spans(operator: str, starts: Int32[Array, "B"], lengths: Int32[Array, "B"], *, rows: int,
-                max_length: int | None, prefix: str = "", may_coincide: bool = False,
-                ) -> tuple[Int32[Array, "B"], Int32[Array, "B"], int]:
+def check_spans(
+    operator: str,
+    starts: Int32[Array, "B"],
+    lengths: Int32[Array, "B"],
+    *,
+    rows: int,
+    max_length: int | None,
+    prefix: str = "",
+    may_coincide: bool = False,
+) -> tuple[Int32[Array, "B"], Int32[Array, "B"], int]:
     """Check where the samples lie in an array of `rows` rows.
 
     Args:
@@ -92,8 +102,10 @@ def check_spans(operator: str, starts: Int32[Array, "B"], lengths: Int32[Array, 
         if x.dtype != jnp.int32:
             raise ValueError(f"{operator}: {name} must be int32, got {x.dtype}")
     if starts.shape != lengths.shape or starts.shape[0] == 0:
-        raise ValueError(f"{operator}: {names[0]} and {names[1]} must name the same samples, at least one; got "
-                         f"{starts.shape[0]} and {lengths.shape[0]}")
+        raise ValueError(
+            f"{operator}: {names[0]} and {names[1]} must name the same samples, at least one; got "
+            f"{starts.shape[0]} and {lengths.shape[0]}"
+        )
     max_length = rows if max_length is None else check_count(operator, f"max_{prefix}length", max_length)
     if values[0] is not None and values[1] is not None:
         _check_values(operator, names, *values, rows, max_length, prefix, may_coincide)
@@ -117,12 +129,21 @@ def _check_values(operator, names, starts, lengths, rows, max_length, prefix, ma
     refuse(starts < 0, lambda b: f"{names[0]}[{b}] is {starts[b]}, must be >= 0")
     refuse(lengths < 0, lambda b: f"{names[1]}[{b}] is {lengths[b]}, must be >= 0")
     refuse(lengths > max_length, lambda b: f"{names[1]}[{b}] is {lengths[b]}, above max_{prefix}length {max_length}")
-    refuse(ends > rows, lambda b: f"{names[0]}[{b}] {starts[b]} + {names[1]}[{b}] {lengths[b]} = {ends[b]} is beyond "
-                                  f"the array's {rows} rows")
+    refuse(
+        ends > rows,
+        lambda b: (
+            f"{names[0]}[{b}] {starts[b]} + {names[1]}[{b}] {lengths[b]} = {ends[b]} is beyond the array's {rows} rows"
+        ),
+    )
     if may_coincide:
         return
     order = np.argsort(starts, kind="stable")
     order = order[lengths[order] > 0]
     a, b = order[:-1], order[1:]
-    refuse(ends[a] > starts[b], lambda i: f"samples {a[i]} and {b[i]} overlap: rows [{starts[a[i]]}, {ends[a[i]]}) and "
-                                          f"[{starts[b[i]]}, {ends[b[i]]}); every row may belong to one sample")
+    refuse(
+        ends[a] > starts[b],
+        lambda i: (
+            f"samples {a[i]} and {b[i]} overlap: rows [{starts[a[i]]}, {ends[a[i]]}) and "
+            f"[{starts[b[i]]}, {ends[b[i]]}); every row may belong to one sample"
+        ),
+    )

@@ -19,9 +19,17 @@ IMPLEMENTATIONS = (
 )
 
 
-def seed_attention(seeds: Float[Array, "S H D"], k: Float[Array, "N Hkv D"], v: Float[Array, "N Hkv D"], *,
-                   starts: Int32[Array, "B"], lengths: Int32[Array, "B"], max_length: int | None = None,
-                   scale: float | None = None, implementation: str | None = None) -> Float[Array, "B S H D"]:
+def seed_attention(
+    seeds: Float[Array, "S H D"],
+    k: Float[Array, "N Hkv D"],
+    v: Float[Array, "N Hkv D"],
+    *,
+    starts: Int32[Array, "B"],
+    lengths: Int32[Array, "B"],
+    max_length: int | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B S H D"]:
     """Softmax attention of the same S seed queries over the tokens of each sample.
 
     out[b, s] = Σ_j softmax_j(scale · seeds[s] · k[j]) v[j] over the rows j of sample b. Samples are spans of rows:
@@ -43,5 +51,6 @@ def seed_attention(seeds: Float[Array, "S H D"], k: Float[Array, "N Hkv D"], v: 
     check_float(NAME, seeds=seeds, k=k, v=v)
     starts, lengths, max_length = check_spans(NAME, starts, lengths, rows=k.shape[0], max_length=max_length)
     scale = check_scale(NAME, "scale", k.shape[2] ** -0.5 if scale is None else scale)
-    return dispatch(NAME, IMPLEMENTATIONS, implementation, seeds, k, v, starts, lengths,
-                    max_length=max_length, scale=scale)
+    return dispatch(
+        NAME, IMPLEMENTATIONS, implementation, seeds, k, v, starts, lengths, max_length=max_length, scale=scale
+    )

@@ -35,9 +35,17 @@ def default_blocking(samples: int, max_length: int, scores_per_row: int) -> Bloc
     return Blocking(min(samples, max(1, score_bytes // (4 * rows * scores_per_row))), rows)
 
 
-def seed_attention(seeds: Float[Array, "S H D"], k: Float[Array, "N Hkv D"], v: Float[Array, "N Hkv D"],
-                   starts: Int32[Array, "B"], lengths: Int32[Array, "B"], *, max_length: int, scale: float,
-                   blocking: Blocking | None = None) -> Float[Array, "B S H D"]:
+def seed_attention(
+    seeds: Float[Array, "S H D"],
+    k: Float[Array, "N Hkv D"],
+    v: Float[Array, "N Hkv D"],
+    starts: Int32[Array, "B"],
+    lengths: Int32[Array, "B"],
+    *,
+    max_length: int,
+    scale: float,
+    blocking: Blocking | None = None,
+) -> Float[Array, "B S H D"]:
     """Rounding points: unnormalised probabilities and, backward, score gradients to the operands' dtype; everything
     else in float32 (float64 for float64)."""
     S, H, _ = seeds.shape
@@ -116,8 +124,10 @@ def _forward(seeds, k, v, starts, lengths, scale, blocking):
         highest, total, y = lax.fori_loop(0, chunks, one_chunk, start)
         total = jnp.where(total == 0, 1, total)
         y = jnp.moveaxis((y / total[..., None]).astype(out.dtype), 3, 1)
-        return (out.at[samples].set(y.reshape(-1, S, H, D), mode="drop"),
-                lse.at[samples].set(highest + jnp.log(total), mode="drop"))
+        return (
+            out.at[samples].set(y.reshape(-1, S, H, D), mode="drop"),
+            lse.at[samples].set(highest + jnp.log(total), mode="drop"),
+        )
 
     B = starts.shape[0]
     start = zeros((B, S, H, D), v.dtype, k), zeros((B, *statistics[1:]), wide, k)
@@ -131,8 +141,8 @@ def _backward(scale, blocking, residuals, dout):
     wide = jnp.promote_types(k.dtype, jnp.float32)
     Hkv = k.shape[1]
     Q = _grouped(seeds, Hkv)
-    O, dO = (jnp.moveaxis(_grouped(x, Hkv), 1, 3) for x in (out, dout))  # [B, Hkv, H / Hkv, S, D]
-    delta = jnp.sum(O.astype(wide) * dO.astype(wide), axis=-1)
+    out, dO = (jnp.moveaxis(_grouped(x, Hkv), 1, 3) for x in (out, dout))  # [B, Hkv, H / Hkv, S, D]
+    delta = jnp.sum(out.astype(wide) * dO.astype(wide), axis=-1)
 
     def one_group(i, carry):
         samples, chunks = groups.group(i)
@@ -149,8 +159,11 @@ def _backward(scale, blocking, residuals, dout):
             dseeds += jnp.einsum("gkrsc,gckd->skrd", ds, keys, preferred_element_type=wide)
             new_k = jnp.einsum("gkrsc,skrd->gckd", ds, Q, preferred_element_type=wide)
             new_v = jnp.einsum("gkrsc,gkrsd->gckd", p.astype(v.dtype), own_do, preferred_element_type=wide)
-            return (dseeds, dk.at[rows].set(new_k.astype(k.dtype), mode="drop"),
-                    dv.at[rows].set(new_v.astype(v.dtype), mode="drop"))
+            return (
+                dseeds,
+                dk.at[rows].set(new_k.astype(k.dtype), mode="drop"),
+                dv.at[rows].set(new_v.astype(v.dtype), mode="drop"),
+            )
 
         return lax.fori_loop(0, chunks, one_chunk, carry)
 

@@ -19,11 +19,19 @@ IMPLEMENTATIONS = (
 )
 
 
-def sliding_window_attention(q: Float[Array, "N H D"], k: Float[Array, "N Hkv D"], v: Float[Array, "N Hkv D"], *,
-                             starts: Int32[Array, "B"], lengths: Int32[Array, "B"], max_length: int | None = None,
-                             window: tuple[int | None, int | None], scale: float | None = None,
-                             angles: Float[Array, "N half_D"] | None = None,
-                             implementation: str | None = None) -> Float[Array, "N H D"]:
+def sliding_window_attention(
+    q: Float[Array, "N H D"],
+    k: Float[Array, "N Hkv D"],
+    v: Float[Array, "N Hkv D"],
+    *,
+    starts: Int32[Array, "B"],
+    lengths: Int32[Array, "B"],
+    max_length: int | None = None,
+    window: tuple[int | None, int | None],
+    scale: float | None = None,
+    angles: Float[Array, "N half_D"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "N H D"]:
     """Softmax attention of row i over the rows j of the same sample with i - left <= j <= i + right.
 
     Samples are spans of rows: starts[b] and lengths[b] count rows; any order, gaps and empty samples are allowed, spans
@@ -52,11 +60,28 @@ def sliding_window_attention(q: Float[Array, "N H D"], k: Float[Array, "N Hkv D"
     if not isinstance(window, tuple) or len(window) != 2:
         raise ValueError(f"{NAME}: window must be a tuple (left, right), got {window!r}")
     farthest = max(max_length - 1, 0)
-    left, right = (farthest if side is None else min(check_count(NAME, f"window[{i}]", side), farthest)
-                   for i, side in enumerate(window))
+    left, right = (
+        farthest if side is None else min(check_count(NAME, f"window[{i}]", side), farthest)
+        for i, side in enumerate(window)
+    )
     scale = check_scale(NAME, "scale", D**-0.5 if scale is None else scale)
     if angles is not None and (angles.dtype != "float32" or angles.shape != (N, D // 2) or D % 2):
-        raise ValueError(f"{NAME}: angles must be float32 [N, D/2] with an even D, here [{N}, {D / 2:g}]; "
-                         f"got {angles.dtype} {list(angles.shape)}")
-    return dispatch(NAME, IMPLEMENTATIONS, implementation, q, k, v, starts, lengths, angles,
-                    max_length=max_length, left=left, right=right, scale=scale)
+        raise ValueError(
+            f"{NAME}: angles must be float32 [N, D/2] with an even D, here [{N}, {D / 2:g}]; "
+            f"got {angles.dtype} {list(angles.shape)}"
+        )
+    return dispatch(
+        NAME,
+        IMPLEMENTATIONS,
+        implementation,
+        q,
+        k,
+        v,
+        starts,
+        lengths,
+        angles,
+        max_length=max_length,
+        left=left,
+        right=right,
+        scale=scale,
+    )

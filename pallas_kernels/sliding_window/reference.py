@@ -2,23 +2,18 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int32
 
 
-def sliding_window_attention(q: Float[Array, "N H D"], k: Float[Array, "N Hkv D"], v: Float[Array, "N Hkv D"],
-                             starts: Int32[Array, "B"], lengths: Int32[Array, "B"],
-                             angles: Float[Array, "N half_D"] | None, *,
-                             max_length: int, left: int, right: int, scale: float) -> Float[Array, "N H D"]:
-    """Gathers samples to [B, max_length, ...]; memory B · H · max_length².
+def sliding_window_attention(q, k, v, starts, lengths, angles, *, max_length, left, right, scale):
+    """Gathers samples to [B, max_length, H, D]; memory B · H · max_length².
 
     Rounding points: rotated q and k to their dtype; scores, softmax and both sums in float32 (float64 for float64);
     the normalised probabilities to v's dtype; the result to q's.
     """
-    N, H, _ = q.shape
     wide = jnp.promote_types(q.dtype, jnp.float32)
     t = jnp.arange(max_length)
     inside = t < lengths[:, None]
-    rows = jnp.where(inside, starts[:, None] + t, N)  # N: beyond the end, reads 0 and is not written
+    rows = jnp.where(inside, starts[:, None] + t, q.shape[0])  # N: beyond the end, reads 0 and is not written
 
     def gather(x, rotated=True):
         x = x.at[rows].get(mode="fill", fill_value=0)
@@ -27,13 +22,13 @@ def sliding_window_attention(q: Float[Array, "N H D"], k: Float[Array, "N Hkv D"
             a, b = jnp.split(x.astype(wide), 2, axis=-1)
             turned = [a * jnp.cos(angle) - b * jnp.sin(angle), a * jnp.sin(angle) + b * jnp.cos(angle)]
             x = jnp.concatenate(turned, -1).astype(x.dtype)
-        return jnp.repeat(x, H // x.shape[2], axis=2)
+        return jnp.repeat(x, q.shape[1] // x.shape[2], axis=2)
 
     scores = jnp.einsum("bihd,bjhd->bhij", gather(q), gather(k), preferred_element_type=wide) * scale
     ahead = t - t[:, None]
     mask = ((ahead >= -left) & (ahead <= right) & inside[:, None] & inside[:, :, None])[:, None]
-    highest = jnp.max(scores, axis=-1, keepdims=True, where=mask, initial=jnp.finfo(wide).min)
-    p = jnp.where(mask, jnp.exp(jnp.where(mask, scores - lax.stop_gradient(highest), 0)), 0)
+    highest = lax.stop_gradient(jnp.max(scores, -1, keepdims=True, where=mask, initial=jnp.finfo(wide).min))
+    p = jnp.where(mask, jnp.exp(jnp.where(mask, scores - highest, 0)), 0)
     p = p / jnp.where(inside[:, None, :, None], p.sum(-1, keepdims=True), 1)
     out = jnp.einsum("bhij,bjhd->bihd", p.astype(v.dtype), gather(v, rotated=False), preferred_element_type=wide)
     return jnp.zeros_like(q).at[rows].set(out.astype(q.dtype), mode="drop")

@@ -40,10 +40,20 @@ def default_blocking(left: int, right: int, heads: int) -> Blocking:
     return Blocking(rows, max(1, score_bytes // (4 * rows * keys * heads)))
 
 
-def sliding_window_attention(q: Float[Array, "N H D"], k: Float[Array, "N Hkv D"], v: Float[Array, "N Hkv D"],
-                             starts: Int32[Array, "B"], lengths: Int32[Array, "B"],
-                             angles: Float[Array, "N half_D"] | None, *, max_length: int, left: int, right: int,
-                             scale: float, blocking: Blocking | None = None) -> Float[Array, "N H D"]:
+def sliding_window_attention(
+    q: Float[Array, "N H D"],
+    k: Float[Array, "N Hkv D"],
+    v: Float[Array, "N Hkv D"],
+    starts: Int32[Array, "B"],
+    lengths: Int32[Array, "B"],
+    angles: Float[Array, "N half_D"] | None,
+    *,
+    max_length: int,
+    left: int,
+    right: int,
+    scale: float,
+    blocking: Blocking | None = None,
+) -> Float[Array, "N H D"]:
     """Rounding points: rotated q and k, unnormalised probabilities and, backward, score gradients to the operands'
     dtype; everything else in float32 (float64 for float64)."""
     if q.shape[0] == 0:
@@ -107,7 +117,7 @@ class _Layout:
         """For each tile of block i the rows its window touches, [tiles, near · rows, ...]; static slices only."""
         x = self._around(x, i)
         x = x.reshape(-1, self.rows, *x.shape[1:])
-        return jnp.concatenate([x[n:n + self.tiles] for n in range(self.near)], axis=1)
+        return jnp.concatenate([x[n : n + self.tiles] for n in range(self.near)], axis=1)
 
     def put(self, x, y, i):
         return lax.dynamic_update_slice_in_dim(x, y.reshape(self.block, *x.shape[1:]), i * self.block, 0)
@@ -117,7 +127,7 @@ class _Layout:
         y = y.reshape(self.tiles, self.near, self.rows, *y.shape[2:])
         total = jnp.zeros((self.tiles + self.near - 1, self.rows, *y.shape[3:]), y.dtype)
         for n in range(self.near):
-            total = total.at[n:n + self.tiles].add(y[:, n])
+            total = total.at[n : n + self.tiles].add(y[:, n])
         total = total.reshape(-1, *total.shape[2:])
         return lax.dynamic_update_slice_in_dim(x, self._around(x, i) + total, i * self.block, 0)
 
@@ -129,7 +139,7 @@ class _Layout:
 
     def crop(self, x, padded):
         first = self.before if padded else 0
-        return x[first:first + self.tokens].reshape(self.tokens, -1, x.shape[-1])
+        return x[first : first + self.tokens].reshape(self.tokens, -1, x.shape[-1])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
@@ -161,7 +171,7 @@ def _forward(q, k, v, starts, lengths, left, right, scale, blocking):
     out, lse = lax.fori_loop(0, layout.live, body, (zeros((*shape, q.shape[2]), q.dtype, q), zeros(shape, wide, q)))
     nan = q_nan.astype(q.dtype)[..., None]
     out = layout.crop(out, padded=False) + nan
-    lse = lse[:layout.tokens] + layout.grouped(q_nan)
+    lse = lse[: layout.tokens] + layout.grouped(q_nan)
     return out, (q, k, v, starts, lengths, out, lse)
 
 
@@ -169,12 +179,14 @@ def _backward(left, right, scale, blocking, residuals, dout):
     q, k, v, starts, lengths, out, lse = residuals
     layout = _Layout(q, k, starts, lengths, left, right, blocking)
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    (Q, _), (K, _), (V, _), (O, _), (dO, do_nan) = map(layout.clean, (q, k, v, out, dout))
-    delta = jnp.sum(O.astype(wide) * dO.astype(wide), axis=-1)
+    (Q, _), (K, _), (V, _), (out, _), (dO, do_nan) = map(layout.clean, (q, k, v, out, dout))
+    delta = jnp.sum(out.astype(wide) * dO.astype(wide), axis=-1)
     # Rows that saw a NaN have it in lse, and so in every probability that is recomputed from it.
     lse, delta = layout.pad(lse + layout.grouped(do_nan)), layout.pad(layout.grouped(delta))
     Q, K, V, dO = layout.pad(layout.grouped(Q)), layout.pad(K), layout.pad(V), layout.pad(layout.grouped(dO))
-    row = lambda x, i: jnp.moveaxis(layout.own(x, i), 1, 3)[..., None]
+
+    def row(x, i):
+        return jnp.moveaxis(layout.own(x, i), 1, 3)[..., None]
 
     def body(i, carry):
         dq, dk, dv = carry
@@ -192,8 +204,13 @@ def _backward(left, right, scale, blocking, residuals, dout):
 
     dq = zeros((layout.blocks * layout.block, *Q.shape[1:]), wide, q)
     dq, dk, dv = lax.fori_loop(0, layout.live, body, (dq, zeros(K.shape, wide, q), zeros(V.shape, wide, q)))
-    return (layout.crop(dq, padded=False).astype(q.dtype), layout.crop(dk, padded=True).astype(k.dtype),
-            layout.crop(dv, padded=True).astype(v.dtype), None, None)
+    return (
+        layout.crop(dq, padded=False).astype(q.dtype),
+        layout.crop(dk, padded=True).astype(k.dtype),
+        layout.crop(dv, padded=True).astype(v.dtype),
+        None,
+        None,
+    )
 
 
 _attention.defvjp(_forward, _backward)
