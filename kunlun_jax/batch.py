@@ -84,6 +84,10 @@ def check_batch(batch: Batch, schema: FeatureSchema) -> Batch:
       ValueError: names the field that is missing, unknown, or of the wrong shape; an id beyond its table; a label
         outside {0, 1}; a negative or non-finite number where none belongs; a batch whose samples all have weight 0.
     """
+    if batch.request_index.ndim != 2 or batch.request_index.dtype != np.int32:
+        raise ValueError(
+            f"request_index: expected int32 [P, B/P], got {batch.request_index.dtype} {list(batch.request_index.shape)}"
+        )
     shards, per_shard = batch.request_index.shape
     size = shards * per_shard
     _check_names("dense", batch.dense, schema.dense)
@@ -108,6 +112,8 @@ def check_batch(batch: Batch, schema: FeatureSchema) -> Batch:
         raise ValueError("weight: every sample of the batch has weight 0 or no label; there is nothing to learn from")
 
     requests = _requests(batch, schema)
+    if requests % shards:
+        raise ValueError(f"request_index: {requests} requests don't divide over its {shards} batch shards")
     if batch.request_index.size and not (
         0 <= batch.request_index.min() and batch.request_index.max() < requests // shards
     ):
@@ -127,9 +133,8 @@ def check_batch(batch: Batch, schema: FeatureSchema) -> Batch:
         sequence = batch.events[event.name].check()
         if sequence.max_length != event.max_length:
             raise ValueError(f"{event.name}: max_length is {sequence.max_length}, the schema says {event.max_length}")
-        expected = (shards, rows_of[event.scope] // shards)
-        if sequence.starts.shape != expected:
-            raise ValueError(f"{event.name}: starts are {sequence.starts.shape}, expected {expected}")
+        for name, array in (("starts", sequence.starts), ("lengths", sequence.lengths)):
+            _check_array(f"{event.name}.{name}", array, np.int32, (shards, rows_of[event.scope] // shards))
         columns = [*(f.name for f in event.sparse), *(f.name for f in event.dense), *TIME_FIELDS]
         _check_names(event.name, sequence.values, columns)
         tokens = sequence.values[TIME_FIELDS[0]].shape

@@ -76,7 +76,8 @@ class FeatureSchema:
     `group` names the sparse field (usually the user) within whose values gAUC ranks.
 
     Raises:
-      ValueError: a name is used twice or reserved, a field names no table, or a size is not positive.
+      ValueError: a name is used twice, reserved, empty or holds '.' or '/'; a field names no table; a size is not
+        positive; a choice is unknown.
     """
 
     tables: tuple[Table, ...]
@@ -87,23 +88,23 @@ class FeatureSchema:
     group: str | None = None
 
     def __post_init__(self):
-        _check_unique("tables", (t.name for t in self.tables))
-        _check_unique("set features", (f.name for f in self.dense + self.sparse))
-        _check_unique("event types", (e.name for e in self.events))
-        _check_unique("tasks", self.tasks)
+        _check_names("tables", (t.name for t in self.tables))
+        _check_names("set features", (f.name for f in self.dense + self.sparse))
+        _check_names("event types", (e.name for e in self.events))
+        _check_names("tasks", self.tasks)
         if not self.tasks:
             raise ValueError("schema: tasks is empty; name at least one")
         if not self.dense and not self.sparse:
             raise ValueError("schema: no set features; give at least one dense or sparse field")
         for table in self.tables:
-            if table.rows < 1 or table.rows >= PADDING_ID // 2 or table.width < 1:
+            if table.rows < 1 or table.rows > PADDING_ID // 2 or table.width < 1:
                 raise ValueError(
                     f"schema: table {table.name!r} has {table.rows} rows of width {table.width}; "
                     f"rows must lie in [1, 2^30), width must be at least 1"
                 )
         for event in self.events:
             names = [f.name for f in event.sparse + event.dense]
-            _check_unique(f"fields of event type {event.name!r}", [*names, *TIME_FIELDS])
+            _check_names(f"fields of event type {event.name!r}", [*names, *TIME_FIELDS])
             if not names:
                 raise ValueError(f"schema: event type {event.name!r} has no fields")
             if event.max_length < 1:
@@ -118,6 +119,11 @@ class FeatureSchema:
                 )
             if field.max_ids < 1:
                 raise ValueError(f"schema: field {field.name!r} has max_ids {field.max_ids}; need at least 1")
+            if field.out_of_range not in get_args(OutOfRange):
+                raise ValueError(
+                    f"schema: field {field.name!r} has out_of_range {field.out_of_range!r}; "
+                    f"choose from {get_args(OutOfRange)}"
+                )
         fields: tuple[DenseField | SparseField | EventType, ...] = self.dense + self.sparse + self.events
         for field in fields:
             if field.scope not in get_args(Scope):
@@ -128,7 +134,10 @@ class FeatureSchema:
             )
 
     def table(self, name: str) -> Table:
-        return next(t for t in self.tables if t.name == name)
+        for table in self.tables:
+            if table.name == name:
+                return table
+        raise ValueError(f"schema: no table {name!r}; there are {[t.name for t in self.tables]}")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -213,7 +222,10 @@ def _mix(ids: np.ndarray) -> np.ndarray:
     return ((x ^ (x >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)
 
 
-def _check_unique(what: str, names: Iterable[str]) -> None:
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
+def _check_names(what: str, names: Iterable[str]) -> None:
+    counts = Counter(names)
+    # "." joins an event type with its field, "/" the parts of a path within a checkpoint.
+    if bad := [name for name in counts if not name or "." in name or "/" in name]:
+        raise ValueError(f"schema: {what} are named {bad}; a name must not be empty and not contain '.' or '/'")
+    if repeated := [name for name, count in counts.items() if count > 1]:
         raise ValueError(f"schema: {what} use a name twice, or one that is reserved: {repeated}")
