@@ -206,8 +206,11 @@ def pack(
       fill: per name, what the unused tail of a shard holds.
 
     Raises:
-      ValueError: a shard's tokens exceed `capacity`, or the lengths don't add up to the tokens given.
+      ValueError: the samples don't divide over the shards, a shard's tokens exceed `capacity`, or the lengths don't
+        add up to the tokens given.
     """
+    if len(lengths) % shards:
+        raise ValueError(f"pack: {len(lengths)} samples don't divide over {shards} shards")
     lengths = np.asarray(lengths, np.int32).reshape(shards, -1)
     starts = (np.cumsum(lengths, axis=1) - lengths).astype(np.int32)
     tokens = lengths.sum(axis=1)
