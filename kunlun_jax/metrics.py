@@ -52,10 +52,11 @@ def entropy(rate: float) -> float:
     return float(-rate * np.log(rate) - (1 - rate) * np.log1p(-rate))
 
 
-def _ratio(a: float, b: float) -> float:
+def _ratio(a, b) -> float:
     return float(a / b) if b else float("nan")
 
 
+@dataclass(frozen=True)
 class _Summed:
     """A state whose fields are sums: merging adds them."""
 
@@ -365,8 +366,11 @@ class Evaluation:
         """Logits, labels and weights of a task's samples so far, for plots."""
         if task not in self.tasks:
             raise ValueError(f"unknown task {task!r}; there are {', '.join(self.tasks)}")
-        state = self.states[list(self.tasks).index(task)]
-        return state.auc._columns() if state.auc.parts else (np.zeros(0), np.zeros(0), np.zeros(0))
+        kept = self.states[list(self.tasks).index(task)].auc
+        if not kept.parts:
+            return np.zeros(0), np.zeros(0), np.zeros(0)
+        logits, labels, weight = kept._columns()
+        return logits, labels, weight
 
 
 def reliability_curve(

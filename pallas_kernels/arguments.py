@@ -11,6 +11,7 @@ import operator as operators
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int32
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -50,7 +51,7 @@ def check_heads(
 
 def check_scale(operator: str, name: str, scale: float) -> float:
     """A static, positive, finite factor as a Python float; ValueError for anything else."""
-    if isinstance(scale, jax.core.Tracer):
+    if isinstance(scale, Tracer):
         raise ValueError(f"{operator}: {name} must be a static number, got a traced value")
     scale = float(scale)
     if not (scale > 0 and math.isfinite(scale)):
@@ -95,7 +96,7 @@ def check_spans(
         beyond the array, a length above max_length, samples that overlap though they may not.
     """
     names = f"{prefix}starts", f"{prefix}lengths"
-    values = [_concrete(starts), _concrete(lengths)]
+    values = _concrete(starts), _concrete(lengths)
     starts, lengths = jnp.asarray(starts), jnp.asarray(lengths)
     for name, x in zip(names, (starts, lengths), strict=True):
         check_rank(operator, name, x, "B")
@@ -108,12 +109,12 @@ def check_spans(
         )
     max_length = rows if max_length is None else check_count(operator, f"max_{prefix}length", max_length)
     if values[0] is not None and values[1] is not None:
-        _check_values(operator, names, *values, rows, max_length, prefix, may_coincide)
+        _check_values(operator, names, values[0], values[1], rows, max_length, prefix, may_coincide)
     return starts, lengths, min(max_length, rows)
 
 
 def _concrete(x) -> np.ndarray | None:
-    if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+    if isinstance(x, Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return None
     return np.asarray(x)
 

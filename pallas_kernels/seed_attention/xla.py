@@ -48,7 +48,9 @@ def seed_attention(
 ) -> Float[Array, "B S H D"]:
     """Rounding points: unnormalised probabilities and, backward, score gradients to the operands' dtype; everything
     else in float32 (float64 for float64)."""
-    S, H, _ = seeds.shape
+    S, H, D = seeds.shape
+    if k.shape[0] == 0:
+        return jnp.zeros((starts.shape[0], S, H, D), v.dtype)
     blocking = blocking or default_blocking(starts.shape[0], max_length, S * H)
     return _attention(*vary_together(seeds, k, v, starts, lengths), scale, blocking)
 
