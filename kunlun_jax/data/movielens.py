@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,29 +90,42 @@ def fetch(directory: str | Path) -> Path:
     the RecBole 1.2.1 wheel, which contains the data set; each file appears in the directory at once and complete.
 
     Raises:
+      FileNotFoundError: some of GroupLens' files are there, others not.
       RuntimeError: the download failed; the message says what to do instead.
     """
     directory = Path(directory)
-    if any(all((directory / name).is_file() for name in names) for names in (GROUPLENS_FILES, RECBOLE_FILES)):
+    if _complete(directory, GROUPLENS_FILES) or _complete(directory, RECBOLE_FILES):
         return directory
+    if present := [name for name in GROUPLENS_FILES if (directory / name).exists()]:
+        missing = sorted(set(GROUPLENS_FILES) - set(present))
+        raise FileNotFoundError(f"{directory} holds {', '.join(present)}, but not {', '.join(missing)}; add the rest")
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=directory) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         command += ["--only-binary", ":all:", "--retries", "2", "--timeout", "20", "--dest", scratch, RECBOLE_WHEEL]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(scratch).glob("recbole-*.whl"))
-        if result.returncode or len(wheels) != 1:
-            reason = (result.stderr.strip().splitlines() or [f"pip ended with status {result.returncode}"])[-1]
-            raise RuntimeError(
-                f"MovieLens-100K could not be downloaded ({RECBOLE_WHEEL} through pip: {reason}); connect to the "
-                f"network, or give a directory that holds GroupLens' {', '.join(GROUPLENS_FILES)}"
-            )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            for name in RECBOLE_FILES:
-                part = Path(scratch) / name
-                part.write_bytes(wheel.read(f"recbole/dataset_example/ml-100k/{name}"))
-                part.replace(directory / name)
+        if result.returncode:
+            raise _download_failed((result.stderr.strip().splitlines() or [f"status {result.returncode}"])[-1])
+        try:
+            with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+                for name in RECBOLE_FILES:
+                    (Path(scratch) / name).write_bytes(wheel.read(f"recbole/dataset_example/ml-100k/{name}"))
+        except (StopIteration, KeyError, zipfile.BadZipFile) as error:
+            raise _download_failed(f"the wheel is not what was expected: {error!r}") from None
+        for name in RECBOLE_FILES:
+            (Path(scratch) / name).replace(directory / name)
     return directory
+
+
+def _complete(directory: Path, names: tuple[str, ...]) -> bool:
+    return all((directory / name).is_file() for name in names)
+
+
+def _download_failed(reason: str) -> RuntimeError:
+    return RuntimeError(
+        f"MovieLens-100K could not be downloaded ({RECBOLE_WHEEL} through pip: {reason}); connect to the network, or "
+        f"name a directory that holds GroupLens' {', '.join(GROUPLENS_FILES)}"
+    )
 
 
 def load(directory: str | Path, *, width: int = 16, max_length: int = 200) -> dict[str, Samples]:
@@ -299,59 +313,58 @@ def _year_ids(year: np.ndarray) -> np.ndarray:
 def read(directory: str | Path) -> Ratings:
     """Read the files of either format; see `load`."""
     directory = Path(directory)
-    if all((directory / name).is_file() for name in GROUPLENS_FILES):
+    if _complete(directory, GROUPLENS_FILES):
         ratings, films, users = (directory / name for name in GROUPLENS_FILES)
-        numbers = _read_ratings(ratings, skip=0)
-        film_rows = [
-            (fields[0], _title_year(fields[1]), [int(flag) == 1 for flag in fields[5:]])
-            for fields in _lines(films, "|", fields=5 + len(GENRES), encoding="latin-1")
-        ]
-        user_rows = list(_lines(users, "|", fields=5, encoding="latin-1"))
-    elif all((directory / name).is_file() for name in RECBOLE_FILES):
+        numbers = _read_ratings(ratings, header=None)
+        film_ids, films_read = _read_entries(films, "|", 5 + len(GENRES), _grouplens_film, encoding="latin-1")
+        user_ids, users_read = _read_entries(users, "|", 5, _user, encoding="latin-1")
+    elif _complete(directory, RECBOLE_FILES):
         ratings, films, users = (directory / name for name in RECBOLE_FILES)
-        numbers = _read_ratings(ratings, skip=1)
-        film_rows = [
-            (fields[0], int(fields[2]) if fields[2].isdigit() else 0, _genre_flags(films, fields))
-            for fields in _lines(films, "\t", fields=4, skip=1)
-        ]
-        user_rows = list(_lines(users, "\t", fields=5, skip=1))
+        numbers = _read_ratings(ratings, header="user_id:token item_id:token rating:float timestamp:float")
+        header = "item_id:token movie_title:token_seq release_year:token class:token_seq"
+        film_ids, films_read = _read_entries(films, "\t", 4, _recbole_film, header=header)
+        header = "user_id:token age:token gender:token occupation:token zip_code:token"
+        user_ids, users_read = _read_entries(users, "\t", 5, _user, header=header)
     else:
         raise FileNotFoundError(
             f"{directory} holds neither {', '.join(GROUPLENS_FILES)} nor {', '.join(RECBOLE_FILES)}; "
             f"`fetch` downloads MovieLens-100K"
         )
-    user_ids, user_rows = _by_id(users, user_rows)
-    film_ids, film_rows = _by_id(films, film_rows)
     user = _rows_of(ratings, "user", numbers[:, 0], user_ids, users)
     film = _rows_of(ratings, "film", numbers[:, 1], film_ids, films)
-    _, age, gender, occupation, code = zip(*user_rows, strict=True)
-    occupations = sorted(set(occupation))
     order = np.lexsort((film, user, numbers[:, 3]))
+    age, gender, occupation, region = zip(*users_read, strict=True)
+    year, genres = zip(*films_read, strict=True)
+    occupations, occupation = np.unique(occupation, return_inverse=True)
     return Ratings(
         user=user[order],
         film=film[order],
         stars=numbers[order, 2],
         time=numbers[order, 3],
-        age=_parse_all(users, "age", age, range(AGE_LIMIT), int),
-        gender=_parse_all(users, "gender", gender, range(len(GENDERS)), GENDERS.index),
-        occupation=np.array([occupations.index(name) for name in occupation]),
-        region=np.array([int(text[0]) if text[:1].isdecimal() else ZIP_REGIONS for text in code]),
-        year=np.array([row[1] for row in film_rows]),
-        genres=np.array([row[2] for row in film_rows], dtype=bool),
+        age=np.array(age),
+        gender=np.array(gender),
+        occupation=occupation,
+        region=np.array(region),
+        year=np.array(year),
+        genres=np.array(genres),
         occupations=len(occupations),
     )
 
 
-def _read_ratings(path: Path, *, skip: int) -> np.ndarray:
+def _read_ratings(path: Path, *, header: str | None) -> np.ndarray:
     """int64 [ratings, 4]: user id, film id, stars, time."""
+    skip = 0 if header is None else 1
+    if header is not None:
+        with path.open() as file:
+            _check_header(path, file.readline(), header)
     try:
         numbers = np.loadtxt(path, delimiter="\t", skiprows=skip, ndmin=2)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if len(numbers) == 0 or numbers.shape[1] != 4:
         raise ValueError(f"{path}: expected lines of user, film, rating and time, got {list(numbers.shape)} numbers")
-    if not np.isfinite(numbers).all() or (numbers != np.floor(numbers)).any():
-        row = int(np.argmax((~np.isfinite(numbers) | (numbers != np.floor(numbers))).any(axis=1)))
+    if (bad := (numbers != np.floor(numbers)) | (np.abs(numbers) >= 2.0**53)).any():
+        row = int(np.argmax(bad.any(axis=1)))
         raise ValueError(f"{path}, line {row + skip + 1}: {numbers[row].tolist()} are not all whole numbers")
     numbers = numbers.astype(np.int64)
     if (bad := (numbers[:, 2] < 1) | (numbers[:, 2] > 5)).any():
@@ -360,49 +373,61 @@ def _read_ratings(path: Path, *, skip: int) -> np.ndarray:
     return numbers
 
 
-def _lines(path: Path, separator: str, *, fields: int, skip: int = 0, encoding: str = "utf-8"):
-    for number, line in enumerate(path.read_text(encoding).splitlines(), start=1):
-        parts = line.split(separator)
-        if number <= skip or not line:
+def _read_entries(
+    path: Path, separator: str, width: int, parse: Callable[[list[str]], tuple], *, header: str | None = None,
+    encoding: str = "utf-8",
+) -> tuple[np.ndarray, list[tuple]]:  # fmt: skip
+    """The ids that the lines begin with, in ascending order, and for each what `parse` makes of its line."""
+    lines = path.read_text(encoding).splitlines()
+    if header is not None:
+        _check_header(path, lines[0] if lines else "", header)
+    entries = {}
+    for number, line in enumerate(lines, start=1):
+        if not line or (header is not None and number == 1):
             continue
-        if len(parts) != fields:
-            raise ValueError(f"{path}, line {number}: {len(parts)} fields divided by {separator!r}, expected {fields}")
-        yield parts
+        fields = line.split(separator)
+        try:
+            if len(fields) != width:
+                raise ValueError(f"{len(fields)} fields divided by {separator!r}, expected {width}")
+            if (key := int(fields[0])) in entries:
+                raise ValueError(f"id {key} occurs twice")
+            entries[key] = parse(fields)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    if not entries:
+        raise ValueError(f"{path}: no entries")
+    ids = sorted(entries)
+    return np.array(ids), [entries[key] for key in ids]
 
 
-def _genre_flags(path: Path, fields: list[str]) -> list[bool]:
+def _check_header(path: Path, line: str, wanted: str) -> None:
+    if line.split() != wanted.split():
+        raise ValueError(f"{path}, line 1: the columns are {line.split()}, expected {wanted.split()}")
+
+
+def _user(fields: list[str]) -> tuple[int, int, str, int]:
+    """Age, gender, occupation and region; both formats have the same five fields."""
+    _, age, gender, occupation, code = fields
+    if not 0 <= int(age) < AGE_LIMIT:
+        raise ValueError(f"age {age} is outside [0, {AGE_LIMIT})")
+    if gender not in GENDERS:
+        raise ValueError(f"gender {gender!r} is none of {GENDERS}")
+    return int(age), GENDERS.index(gender), occupation, int(code[0]) if code[:1].isdecimal() else ZIP_REGIONS
+
+
+def _grouplens_film(fields: list[str]) -> tuple[int, list[bool]]:
+    """Year and genre flags. The year is the one that ends the title, as in RecBole's files, not the release date's."""
+    if set(fields[5:]) - {"0", "1"}:
+        raise ValueError(f"genre flags {fields[5:]} are not all 0 or 1")
+    match = re.search(r"\((\d{4})\)\s*$", fields[1])
+    return int(match[1]) if match else 0, [flag == "1" for flag in fields[5:]]
+
+
+def _recbole_film(fields: list[str]) -> tuple[int, list[bool]]:
     names = fields[3].split()
     if unknown := set(names) - set(GENRES):
-        raise ValueError(f"{path}, film {fields[0]}: unknown genres {sorted(unknown)}; there are {list(GENRES)}")
-    return [genre in names for genre in GENRES]
-
-
-def _title_year(title: str) -> int:
-    """The year that ends a title, 0 where there is none (as in RecBole's files)."""
-    match = re.search(r"\((\d{4})\)\s*$", title)
-    return int(match[1]) if match else 0
-
-
-def _by_id(path: Path, rows: list) -> tuple[np.ndarray, list]:
-    """Rows in the order of their first field, the id; and the ids."""
-    ids = _parse_all(path, "id", [row[0] for row in rows], range(np.iinfo(np.int64).max), int)
-    if not len(ids) or len(np.unique(ids)) < len(ids):
-        raise ValueError(f"{path}: {len(ids)} entries with {len(np.unique(ids))} different ids; ids must be unique")
-    order = np.argsort(ids)
-    return ids[order], [rows[i] for i in order]
-
-
-def _parse_all(path: Path, what: str, texts, allowed: range, parse) -> np.ndarray:
-    values = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            value = parse(text)
-        except ValueError:
-            value = None
-        if value is None or value not in allowed:
-            raise ValueError(f"{path}, entry {number}: {what} {text!r} is not valid")
-        values.append(value)
-    return np.array(values, np.int64)
+        raise ValueError(f"unknown genres {sorted(unknown)}; there are {list(GENRES)}")
+    return int(fields[2]) if fields[2].isdecimal() else 0, [genre in names for genre in GENRES]
 
 
 def _rows_of(path: Path, what: str, ids: np.ndarray, known: np.ndarray, source: Path) -> np.ndarray:

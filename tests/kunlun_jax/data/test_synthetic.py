@@ -60,7 +60,7 @@ def test_logits_are_what_a_model_can_compute_from_a_batch(data):
 
 
 def test_best_ne_is_reached_with_every_effect_and_missed_without_any_one_of_them(data):
-    """A logistic regression on the right features ends within 1 % of the best (0.3 % measured); without one effect, far from it."""
+    """A logistic regression on the right features ends within 1 % (0.3 % measured); without one effect, far away."""
     base = data.samples["train"].base_rates()["click"]
     entropy = -(base * np.log(base) + (1 - base) * np.log(1 - base))
 
