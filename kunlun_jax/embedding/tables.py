@@ -94,8 +94,9 @@ def look_up(
             rows[name] = table.at[plans[name].uids].get(
                 mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True
             )
-    # Without it XLA may read rows again where they are used, after the update has begun, and copies the table for it.
-    return lax.optimization_barrier(rows), plans
+    # The update scatters to the plan's uids, so it can't begin before the rows are read. Without the barrier, or with
+    # one over the rows alone, a later use of the rows (a metric) makes XLA copy the table.
+    return lax.optimization_barrier((rows, plans))
 
 
 def embed(

@@ -165,6 +165,12 @@ def test_dealing_permutes_and_balances(shards, per_shard, data):
     assert tokens.max() - tokens.min() <= lengths.max()  # a snake is never further off than the longest sample
 
 
+def test_dealing_goes_forwards_and_backwards():
+    """Always forwards, the first shard would hold 20 of the 36 tokens."""
+    lengths = np.array([3, 8, 1, 6, 2, 7, 4, 5])
+    np.testing.assert_array_equal(lengths[deal_to_shards(lengths, 2)], [8, 5, 4, 1, 7, 6, 3, 2])
+
+
 def test_one_shard_keeps_the_order_and_uneven_shards_raise():
     np.testing.assert_array_equal(deal_to_shards(np.array([3, 9, 1]), 1), [0, 1, 2])
     with pytest.raises(ValueError, match="7 samples don't divide over 2 batch shards"):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kunlun_jax.schema import (
@@ -102,6 +102,8 @@ def test_every_difference_is_named(change, parts):
 TABLE = Table("item", 50, 4)
 
 
+@example([48, 49, 50, -1, 0, 2**63 - 1], False)
+@example([48, 49, 50, -1, 0, 2**63 - 1], True)
 @given(st.lists(st.integers(-1, 2**63 - 1) | st.integers(-1, 60), max_size=30), st.booleans())
 def test_bound_ids_are_rows_or_padding(raw, hashed):
     field = SparseField("item", "item", out_of_range="hash" if hashed else "out_of_vocabulary")

@@ -152,9 +152,9 @@ def test_rows_gradient_equals_autodiff_of_dense_tables():
             total += jnp.sum((mean - y) ** 2)
         return total
 
-    dense = jax.grad(dense_loss)({name: t.rows for name, t in tables.items()})
+    dense = jax.jit(jax.grad(dense_loss))({name: t.rows for name, t in tables.items()})
     rows, plans = look_up(schema, tables, batch)
-    grads = jax.grad(lambda rows: loss_of(schema, embed(schema, batch, rows, plans), targets))(rows)
+    grads = jax.jit(jax.grad(lambda rows: loss_of(schema, embed(schema, batch, rows, plans), targets)))(rows)
     assert plans["item"].uids is not None
     assert plans["tag"].uids is None
     for name, plan in plans.items():
@@ -176,8 +176,8 @@ def test_both_plans_give_the_same_step():
     enlarged = {**tables, "item": TableState(*(jnp.resize(x, (4000, *x.shape[1:])) for x in tables["item"]))}
     assert look_up(schema, tables, batch)[1]["item"].uids is None
     assert look_up(big, enlarged, batch)[1]["item"].uids is not None
-    whole, _ = make_step(schema)(tables, batch, targets, 0.1, True)
-    distinct, _ = make_step(big)(enlarged, batch, targets, 0.1, True)
+    whole, _ = jax.jit(make_step(schema))(tables, batch, targets, 0.1, True)
+    distinct, _ = jax.jit(make_step(big))(enlarged, batch, targets, 0.1, True)
     distinct["item"] = TableState(*(x[:40] for x in distinct["item"]))
     chex.assert_trees_all_close(whole, distinct, rtol=1e-5, atol=1e-6)
 
@@ -197,24 +197,30 @@ def test_a_plan_lists_each_id_once_in_order_and_finds_it_again():
         np.testing.assert_array_equal(found, given)
 
 
-@pytest.mark.parametrize("fill", [np.nan, np.inf])
-def test_padding_reads_zero_and_trains_no_row(fill):
+def test_padding_reads_zero_and_trains_no_row():
     schema, rng = make_schema(), np.random.default_rng()
     batch = make_batch(schema, rng, padding=1.0)
     tables = init_tables(schema, key=jax.random.key(0), scale=1.0)
     before = jax.tree.map(np.array, tables)
+    targets = targets_of(schema, batch, rng)
     rows, plans = look_up(schema, tables, batch)
-    for _, take in fields_of(schema):
-        np.testing.assert_array_equal(take(embed(schema, batch, rows, plans)), 0)
+
+    @jax.jit
+    def embeddings_and_gradient(rows):
+        def embeddings(rows):
+            embedded = embed(schema, batch, rows, plans)
+            return [take(embedded) for _, take in fields_of(schema)]
+
+        found, pull = jax.vjp(embeddings, rows)
+        return found, *pull(targets)
+
+    found, grads = embeddings_and_gradient(jax.tree.map(lambda x: x + 1, rows))
+    for x in (*found, *grads.values()):
+        np.testing.assert_array_equal(x, 0)
     # Whatever gradient padding may get, it must not reach a row.
-    pull = jax.vjp(lambda rows: embed(schema, batch, rows, plans), rows)[1]
-    cotangent = jax.tree.map(lambda x: jnp.ones_like(x), embed(schema, batch, rows, plans))
-    grads, = pull(jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else
-                               np.zeros(x.shape, jax.dtypes.float0), cotangent))
-    chex.assert_trees_all_equal(grads, jax.tree.map(jnp.zeros_like, grads))
-    grads["item"] = jnp.full_like(grads["item"], fill)
-    after = update(tables, plans, grads, learning_rate=1.0)
-    chex.assert_trees_all_equal(after, before)
+    for fill in (np.nan, 1.0):
+        grads["item"] = jnp.full_like(grads["item"], fill)
+        chex.assert_trees_all_equal(update(tables, plans, grads, learning_rate=1.0), before)
 
 
 def test_a_bad_step_leaves_every_table_as_it_was():
@@ -263,7 +269,7 @@ def test_initial_tables_depend_on_key_name_and_size_only():
 
 # --- in place, whatever the size of the table ----------------------------------------------------------------------
 
-SIZES = (10_000, 1_000_000, 10_000_000)
+SIZES = (10_000, 10_000_000)
 
 
 def compiled_step(rows: int, step_of=make_step):
@@ -291,12 +297,17 @@ def with_selection(schema):
 
 
 def with_change_as_metric(schema):
-    """Reads the looked-up rows after the update as well."""
+    """Uses the looked-up rows after the update only; the gradient of a linear loss doesn't need them."""
 
     def step(tables, batch, targets, learning_rate, ok):
         rows, plans = look_up(schema, tables, batch)
-        grads = jax.grad(lambda rows: loss_of(schema, embed(schema, batch, rows, plans), targets))(rows)
-        new = update(tables, plans, grads, learning_rate=learning_rate, ok=ok)
+
+        def embeddings(rows):
+            embedded = embed(schema, batch, rows, plans)
+            return [take(embedded) for _, take in fields_of(schema)]
+
+        _, pull = jax.vjp(embeddings, rows)
+        new = update(tables, plans, *pull(targets), learning_rate=learning_rate, ok=ok)
         after = new["item"].rows.at[plans["item"].uids].get(mode="fill", fill_value=0)
         return new, jnp.sum((after - rows["item"]) ** 2)
 
@@ -317,9 +328,9 @@ def test_step_has_no_operation_of_the_tables_size_but_the_scatter():
 
 
 def test_the_check_for_whole_table_operations_sees_one():
-    compiled = compiled_step(SIZES[1], with_selection)
-    assert operations_of_size(compiled, SIZES[1]) & {"select", "copy", "select_n"}
-    assert compiled.memory_analysis().temp_size_in_bytes > SIZES[1] * 4 * 4
+    compiled = compiled_step(SIZES[0], with_selection)
+    assert operations_of_size(compiled, SIZES[0]) >= {"select", "copy"}
+    assert compiled.memory_analysis().temp_size_in_bytes > SIZES[0] * 4 * 4
 
 
 def test_a_step_writes_into_the_very_buffers():
