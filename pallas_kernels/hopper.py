@@ -3,6 +3,8 @@
 A kernel is Pallas Mosaic GPU code for sm_90a: warpgroups that compute beside one that issues TMA copies.
 """
 
+import math
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -68,15 +70,15 @@ def store_buffer(shape, dtype):
 
 
 def shared_bytes(scratch) -> int:
-    """Shared memory that these scratch types take; every buffer starts at a multiple of 1024 bytes."""
-    total = 0
+    """Shared memory that these scratch types take: buffers start at multiples of 1024 bytes, a barrier takes 8."""
+    buffers = barriers = 0
     for x in jax.tree.leaves(scratch, is_leaf=lambda x: isinstance(x, (plgpu.RefUnion, plgpu.Barrier))):
         if isinstance(x, plgpu.Barrier):
-            total += 1024
+            barriers += 8 * math.prod(x.num_barriers)
             continue
         members = x.refs if isinstance(x, plgpu.RefUnion) else (x,)
-        total += max(-(-_bytes(m) // 1024) * 1024 for m in members)
-    return total
+        buffers += max(-(-_bytes(m) // 1024) * 1024 for m in members)
+    return buffers + barriers
 
 
 def _bytes(ref) -> int:

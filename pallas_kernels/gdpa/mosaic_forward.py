@@ -1,0 +1,375 @@
+"""The GDPA forward kernel for Hopper.
+
+XLA writes the score matrix to device memory and reads it back; here each byte of q, k, v and out moves once while a
+sample's keys fit in shared memory, and only k and v are read again (from L2) where they don't.
+
+One persistent block per SM works through (sample, head) items: two warpgroups compute, each on 64 query rows, and one
+issues the TMA copies. A compute warpgroup keeps two products in flight: the scores of the next step beside the weighted
+sum of this one, and computes the activation of the next scores while the latter still runs; the pipeline runs on from
+one query tile to the next, so a single block of keys is enough for it.
+
+Numerics: scores and sums in float32; weights rounded to v's dtype; tanh, erf and exp are the hardware's or Mosaic's
+approximations, about 2⁻¹¹ of the weight. Every row is written by one store, so two runs give the same bits.
+
+Limits: bfloat16 and float16, D 64 and 128, arrays of at least 128 rows.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_store  # no public name in JAX 0.11
+
+from pallas_kernels import hopper
+from pallas_kernels.gdpa.activations import kernel_activation
+from pallas_kernels.gdpa.schedule import Schedule, dealt, dealt_item
+from pallas_kernels.gdpa.tiles import WARPGROUP_ROWS, ForwardTiles
+
+COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
+
+
+class Place(NamedTuple):
+    """Where a compute warpgroup is."""
+
+    item: tuple
+    q_count: jax.Array  # query tiles before this item
+    kv_count: jax.Array  # key blocks before this item
+    tile: jax.Array  # query tile of the item
+    block: jax.Array  # key block of the item
+
+
+def gdpa_forward(q, k, v, schedule: Schedule, *, activation: tuple[str, ...], scale: float, post_scale: float,
+                 tiles: ForwardTiles, sms: int, interpret=None):
+    """out [N, H, D] of `gdpa`; the schedule is `make_schedule`'s for tiles.q_chunk. sms: blocks of the grid."""
+    panels = q.shape[2] // hopper.PANEL
+    scratch = forward_scratch(q.dtype, panels, tiles, interpret=interpret)
+    if (used := hopper.shared_bytes(scratch)) > hopper.SHARED_MEMORY:
+        raise ValueError(f"{tiles} takes {used} bytes of shared memory, sm_90 has {hopper.SHARED_MEMORY}")
+    body = functools.partial(
+        _kernel, activation=activation, scale=scale, post_scale=post_scale, tiles=tiles, sms=sms, interpret=interpret
+    )
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(sms,),
+        grid_names=("sm",),
+        num_threads=tiles.compute + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
+        kernel_name="gdpa_forward",
+        interpret=interpret,
+    )(*schedule, q, k, v)
+
+
+def forward_scratch(dtype, panels: int, tiles: ForwardTiles, *, interpret) -> dict:
+    """Shared memory and barriers of the kernel."""
+    buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
+    kv_shape = (tiles.kv_slots, panels, tiles.kv_block, hopper.PANEL)
+    return dict(
+        q_smem=buffer((tiles.q_slots, tiles.compute, panels, WARPGROUP_ROWS, hopper.PANEL)),
+        k_smem=buffer(kv_shape),
+        v_smem=buffer(kv_shape),
+        out_smem=hopper.store_buffer((tiles.compute, panels, WARPGROUP_ROWS, hopper.PANEL), dtype),
+        q_full=plgpu.Barrier(num_arrivals=tiles.compute * panels, num_barriers=tiles.q_slots),
+        q_empty=plgpu.Barrier(num_arrivals=tiles.compute, num_barriers=tiles.q_slots),
+        k_full=plgpu.Barrier(num_arrivals=panels, num_barriers=tiles.kv_slots),
+        k_empty=plgpu.Barrier(num_arrivals=tiles.compute, num_barriers=tiles.kv_slots),
+        v_full=plgpu.Barrier(num_arrivals=panels, num_barriers=tiles.kv_slots),
+        v_empty=plgpu.Barrier(num_arrivals=tiles.compute, num_barriers=tiles.kv_slots),
+        tail_full=plgpu.Barrier(num_arrivals=panels * hopper.tail_arrivals(tiles.kv_block)),
+    )
+
+
+def _kernel(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, out_gmem, *, q_smem, k_smem, v_smem, out_smem,
+            q_full, q_empty, k_full, k_empty, v_full, v_empty, tail_full, activation, scale, post_scale, tiles, sms,
+            interpret):
+    _, heads, width = q_gmem.shape
+    group = heads // k_gmem.shape[1]
+    dtype, panels, block = q_gmem.dtype, width // hopper.PANEL, tiles.kv_block
+    (q_tma, q_mma), (k_tma, k_mma), (v_tma, v_mma) = (
+        hopper.row_views(x, interpret=interpret) for x in (q_smem, k_smem, v_smem)
+    )
+    names = tuple(dict.fromkeys(activation))
+    acts = [kernel_activation(name, scale, post_scale, folded=dtype == jnp.bfloat16) for name in names]
+    sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
+    my_items = dealt(counts_gmem[0] * heads, sms, sm)
+
+    def read_item(turn):
+        """(query row, query rows, key row, key rows, head) of this block's item."""
+        index = dealt_item(turn, sms, sm)
+        row = lax.div(index, heads)
+        return *(items_gmem[row, c] for c in range(4)), lax.rem(index, heads)
+
+    def by_head(head, functions, x):
+        """Apply the function of the head's activation."""
+        if len(names) == 1:
+            return functions[0](x)
+        which = sum(jnp.where(head == h, names.index(name), 0) for h, name in enumerate(activation))
+        return lax.switch(which, functions, x)
+
+    def extent(item):
+        """Query tiles and key blocks of an item."""
+        return lax.div(item[1] + (tiles.q_rows - 1), tiles.q_rows), lax.div(item[3] + (block - 1), block)
+
+    def kv_loads(item):
+        """How many blocks of keys the item passes through the slots."""
+        q_tiles, blocks = extent(item)
+        return blocks if tiles.resident else q_tiles * blocks
+
+    q_slot = lambda n: lax.rem(n, tiles.q_slots)
+    kv_slot = lambda n: lax.rem(n, tiles.kv_slots)
+    columns = lambda head, p: (head, pl.ds(hopper.PANEL * p, hopper.PANEL))
+    half = lambda acc, p: acc.at[:, pl.ds(hopper.PANEL * p, hopper.PANEL)] if panels > 1 else acc
+
+    # --- the warpgroup that issues copies
+
+    def memory():
+        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+
+        def load_q(item, n, tile):
+            slot = q_slot(n)
+
+            @pl.when(n >= tiles.q_slots)
+            def _():
+                plgpu.barrier_wait(q_empty.at[slot])
+
+            for w in range(tiles.compute):
+                row = item[0] + tile * tiles.q_rows + w * WARPGROUP_ROWS
+                for p in range(panels):
+                    plgpu.copy_gmem_to_smem(q_gmem.at[(pl.ds(row, WARPGROUP_ROWS), *columns(item[4], p))],
+                                            q_tma.at[slot, w, p], q_full.at[slot])
+
+        def load_kv(item, n, j):
+            slot, head, row = kv_slot(n), lax.div(item[4], group), item[2] + j * block
+
+            def load(source, target, full, empty):
+                @pl.when(n >= tiles.kv_slots)
+                def _():
+                    plgpu.barrier_wait(empty.at[slot])
+
+                for p in range(panels):
+                    plgpu.copy_gmem_to_smem(source.at[(pl.ds(row, block), *columns(head, p))], target.at[slot, p],
+                                            full.at[slot])
+
+            load(k_gmem, k_tma, k_full, k_empty)
+            rows = item[3] - j * block
+
+            @pl.when(rows >= block)
+            def _():
+                load(v_gmem, v_tma, v_full, v_empty)
+
+            @pl.when(rows < block)
+            def _():
+                @pl.when(n >= tiles.kv_slots)
+                def _():
+                    plgpu.barrier_wait(v_empty.at[slot])
+
+                for p in range(panels):
+                    hopper.load_rows_zero_tail(v_gmem, v_tma.at[slot, p], row, rows, columns(head, p), tail_full)
+                plgpu.barrier_wait(tail_full)
+                for _ in range(panels):
+                    plgpu.barrier_arrive(v_full.at[slot])
+
+        def load_item(turn, counters):
+            q_count, kv_count = counters
+            item = read_item(turn)
+            q_tiles, blocks = extent(item)
+            if tiles.resident:
+                load_q(item, q_count, 0)
+                lax.fori_loop(0, blocks, lambda j, _: load_kv(item, kv_count + j, j), None)
+                lax.fori_loop(1, q_tiles, lambda t, _: load_q(item, q_count + t, t), None)
+            else:
+
+                def load_tile(t, _):
+                    load_q(item, q_count + t, t)
+                    lax.fori_loop(0, blocks, lambda j, _: load_kv(item, kv_count + t * blocks + j, j), None)
+
+                lax.fori_loop(0, q_tiles, load_tile, None)
+            return q_count + q_tiles, kv_count + kv_loads(item)
+
+        zero = jnp.int32(0)
+        q_count, kv_count = lax.fori_loop(0, my_items, load_item, (zero, zero))
+
+        # Every completed phase must have been waited for when the kernel ends.
+        def drain(n, slots, slot, *barriers):
+            def wait(i, _):
+                for barrier in barriers:
+                    plgpu.barrier_wait(barrier.at[slot(i)])
+
+            lax.fori_loop(jnp.maximum(n - slots, 0), n, wait, None)
+
+        drain(q_count, tiles.q_slots, q_slot, q_empty)
+        drain(kv_count, tiles.kv_slots, kv_slot, k_empty, v_empty)
+
+    # --- the warpgroups that compute
+
+    def compute():
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+
+        @pl.when(my_items > 0)
+        def _():
+            zero = jnp.int32(0)
+            first = Place(read_item(zero), zero, zero, zero, zero)
+
+            def scores_alone(acc):
+                issue_scores(acc, first, True)
+                return acc[...]
+
+            weights = weigh(pl.run_scoped(scores_alone, score_type), first)
+            release_scores(first, True)
+
+            def all_items(out_acc):
+                lax.fori_loop(0, my_items, functools.partial(attend, out_acc), (first.item, zero, zero, weights))
+
+            pl.run_scoped(all_items, plgpu.ACC((WARPGROUP_ROWS, width), jnp.float32))
+
+        fill_zeros()
+        plgpu.wait_smem_to_gmem(0)
+
+    score_type = plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32)
+
+    def first_pass(at):
+        return at.tile == 0 if tiles.resident else jnp.bool_(True)
+
+    def last_pass(at):
+        return at.tile == extent(at.item)[0] - 1 if tiles.resident else jnp.bool_(True)
+
+    def kv_number(at):
+        return at.kv_count + (at.block if tiles.resident else at.tile * extent(at.item)[1] + at.block)
+
+    def issue_scores(acc, at, live):
+        """Start s = Q Kᵀ; not live: of whatever is in the slots."""
+        q_at, kv_at = q_slot(at.q_count + at.tile), kv_slot(kv_number(at))
+
+        @pl.when(live & (at.block == 0))
+        def _():
+            plgpu.barrier_wait(q_full.at[q_at])
+
+        @pl.when(live & first_pass(at))
+        def _():
+            plgpu.barrier_wait(k_full.at[kv_at])
+
+        for p in range(panels):
+            plgpu.wgmma(acc, q_mma.at[q_at, warpgroup, p], k_mma.at[kv_at, p].transpose((1, 0)))
+
+    def release_scores(at, live):
+        @pl.when(live & (at.block == extent(at.item)[1] - 1))
+        def _():
+            plgpu.barrier_arrive(q_empty.at[q_slot(at.q_count + at.tile)])
+
+        @pl.when(live & last_pass(at))
+        def _():
+            plgpu.barrier_arrive(k_empty.at[kv_slot(kv_number(at))])
+
+    def weigh(s, at):
+        """Weights from raw scores; a sample's end is cut off, K may hold anything behind it."""
+        keys = at.item[3] - at.block * block
+
+        def masked(weights):
+            column = plgpu.broadcasted_iota(jnp.int32, weights.shape, 1, layout=plgpu.Layout.WGMMA)
+            return jnp.where(column < keys, weights, 0.0)
+
+        weights = by_head(at.item[4], [act.weight for act in acts], s)
+        return lax.cond(keys < block, masked, lambda weights: weights, weights).astype(dtype)
+
+    def attend(out_acc, turn, carry):
+        """All steps of one item; leaves the weights of the next item's first step."""
+        item, q_count, kv_count, weights = carry
+        q_tiles, blocks = extent(item)
+        another = turn + 1 < my_items
+        item_next = read_item(jnp.where(another, turn + 1, turn))
+        q_count_next, kv_count_next = q_count + q_tiles, kv_count + kv_loads(item)
+
+        def step(_, carry):
+            """O += P V of this step beside the scores of the next."""
+            weights, t, j = carry
+            at = Place(item, q_count, kv_count, t, j)
+            tile_ends = j + 1 == blocks
+            t_next, j_next = jnp.where(tile_ends, t + 1, t), jnp.where(tile_ends, 0, j + 1)
+            inside = t_next < q_tiles
+            pick = lambda a, b: jnp.where(inside, a, b)
+            following = Place(tuple(map(pick, item, item_next)), pick(q_count, q_count_next),
+                              pick(kv_count, kv_count_next), pick(t_next, 0), j_next)
+            live = inside | another
+            v_at = kv_slot(kv_number(at))
+
+            @pl.when(first_pass(at))
+            def _():
+                plgpu.barrier_wait(v_full.at[v_at])
+
+            def both(acc):
+                issue_scores(acc, following, live)
+                for p in range(panels):
+                    plgpu.wgmma(half(out_acc, p), weights, v_mma.at[v_at, p])
+                return plgpu.wgmma_accumulator_load(acc, wait_n=panels)
+
+            s = pl.run_scoped(both, score_type)
+            release_scores(following, live)
+            weights_next = weigh(s, following)
+            plgpu.wgmma_wait(0)
+
+            @pl.when(last_pass(at))
+            def _():
+                plgpu.barrier_arrive(v_empty.at[v_at])
+
+            out = plgpu.wgmma_accumulator_load(out_acc, wait_n=None)
+            wgmma_accumulator_store(out_acc, lax.cond(tile_ends, functools.partial(store, at=at), lambda o: o, out))
+            return weights_next, t_next, j_next
+
+        zero = jnp.int32(0)
+        weights, *_ = lax.fori_loop(0, q_tiles * blocks, step, (weights, zero, zero))
+        return item_next, q_count_next, kv_count_next, weights
+
+    def store(out, at):
+        """Write a finished tile; returns the zeros that the next one starts from."""
+        q_row, q_rows, _, _, head = at.item
+        post = by_head(head, [lambda _, post=act.post: jnp.float32(post) for act in acts], head)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for p in range(panels):
+            out_smem[warpgroup, p] = (out[:, hopper.PANEL * p : hopper.PANEL * (p + 1)] * post).astype(dtype)
+        plgpu.commit_smem()
+        offset = at.tile * tiles.q_rows + warpgroup * WARPGROUP_ROWS
+        count = jnp.clip(q_rows - offset, 0, WARPGROUP_ROWS)
+        for p in range(panels):
+            hopper.store_rows(out_smem.at[warpgroup, p], out_gmem, q_row + offset, count, columns(head, p))
+        plgpu.commit_smem_to_gmem_group()
+        return plgpu.layout_cast(jnp.zeros_like(out), plgpu.Layout.WGMMA)
+
+    def fill_zeros():
+        """Zero the rows of the output that belong to no item."""
+        fills = counts_gmem[1]
+        worker, workers = sm * tiles.compute + warpgroup, sms * tiles.compute
+
+        @pl.when(worker < fills)
+        def _():
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            zero = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, hopper.PANEL), dtype), plgpu.Layout.WGMMA)
+            out_smem[warpgroup, 0] = zero
+            plgpu.commit_smem()
+
+        def fill(turn, _):
+            index = turn * workers + worker
+            row, rows = fills_gmem[index, 0], fills_gmem[index, 1]
+
+            def piece(i, _):
+                at = lax.div(i, heads) * WARPGROUP_ROWS
+                count = jnp.minimum(rows - at, WARPGROUP_ROWS)
+                for p in range(panels):
+                    hopper.store_rows(out_smem.at[warpgroup, 0], out_gmem, row + at, count,
+                                      columns(lax.rem(i, heads), p))
+
+            lax.fori_loop(0, lax.div(rows + WARPGROUP_ROWS - 1, WARPGROUP_ROWS) * heads, piece, None)
+            plgpu.commit_smem_to_gmem_group()
+
+        lax.fori_loop(0, lax.div(fills - worker + workers - 1, workers), fill, None)
+
+    lax.cond(warpgroup < tiles.compute, compute, memory)
+
+
