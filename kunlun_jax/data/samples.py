@@ -31,9 +31,9 @@ class Events:
     """
 
     columns: Mapping[str, np.ndarray]
-    time: Int[np.ndarray, "E"]
-    start: Int[np.ndarray, "n"]
-    stop: Int[np.ndarray, "n"]
+    time: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class Samples:
         dense: Mapping[str, np.ndarray],
         sparse: Mapping[str, np.ndarray],
         events: Mapping[str, Events],
-        request_time: Int[np.ndarray, "n"],
+        request_time: np.ndarray,
         labels: np.ndarray,
         label_mask: np.ndarray | None = None,
         weight: np.ndarray | None = None,
@@ -135,8 +135,8 @@ class Samples:
             raise ValueError(f"base_rates: task {task!r} has no known label of positive weight in {len(self)} samples")
         return {task: float(p / t) for task, p, t in zip(self.schema.tasks, positives, totals, strict=True)}
 
-    def batch(self, indices: Int[np.ndarray, "B"], *, shards: int = 1) -> Batch:
-        """The batch of the samples `indices`, FILLER standing for an empty sample of weight 0.
+    def batch(self, indices: np.ndarray, *, shards: int = 1) -> Batch:
+        """The batch of the samples `indices` [B], FILLER standing for an empty sample of weight 0.
 
         With several shards the samples change their order, so that every shard holds nearly the same number of events.
         Every sample is its own request (R = B).
