@@ -89,10 +89,15 @@ class _Layout:
         self.live = -(-jnp.max(jnp.where(lengths > 0, starts + lengths, 0)) // self.block)
         ahead = jnp.arange(self.near * c) - before * c - jnp.arange(c)[:, None]
         self.band = (ahead >= -left) & (ahead <= right)
-        self.padded_segment = self.pad(self.segment, self.samples)
+        self.padded_segment = self.pad(self.segment[:, None], self.samples)
 
     def pad(self, x, fill=0):
-        return jnp.pad(x, (self.pads,) + ((0, 0),) * (x.ndim - 1), constant_values=fill)
+        """Rows padded, heads first: [N, H, ...] -> [H, rows, ...]."""
+        return jnp.pad(jnp.moveaxis(x, 0, 1), ((0, 0), self.pads, *[(0, 0)] * (x.ndim - 2)), constant_values=fill)
+
+    def pad_grouped(self, x):
+        """[N, H, ...] -> [Hkv, rows, H / Hkv, ...]: the query heads of a key head become rows of its products."""
+        return self.pad(x.reshape(x.shape[0], self.kv_heads, self.heads // self.kv_heads, *x.shape[2:]))
 
     def clean(self, x):
         """`x` with 0 for rows outside samples and for (row, head)s with a non-finite value; and NaN for the latter."""
@@ -101,45 +106,42 @@ class _Layout:
         wide = jnp.promote_types(x.dtype, jnp.float32)
         return jnp.where((used & finite)[..., None], x, 0), jnp.where(used & ~finite, jnp.nan, 0).astype(wide)
 
-    def grouped(self, x):
-        """[N, H, ...] -> [N, Hkv, H / Hkv, ...]."""
-        return x.reshape(x.shape[0], self.kv_heads, self.heads // self.kv_heads, *x.shape[2:])
-
     def own(self, x, i):
-        """Rows of block i of a padded array, [tiles, rows, ...]."""
-        x = lax.dynamic_slice_in_dim(x, i * self.block + self.before, self.block)
-        return x.reshape(self.tiles, self.rows, *x.shape[1:])
+        """Rows of block i of a padded array, [heads, tiles, rows, ...]."""
+        x = lax.dynamic_slice_in_dim(x, i * self.block + self.before, self.block, axis=1)
+        return x.reshape(-1, self.tiles, self.rows, *x.shape[2:])
 
     def _around(self, x, i):
-        return lax.dynamic_slice_in_dim(x, i * self.block, (self.tiles + self.near - 1) * self.rows)
+        return lax.dynamic_slice_in_dim(x, i * self.block, (self.tiles + self.near - 1) * self.rows, axis=1)
 
     def around(self, x, i):
-        """For each tile of block i the rows its window touches, [tiles, near · rows, ...]; static slices only."""
+        """For each tile of block i the rows its window touches, [heads, tiles, near · rows, ...]; static slices."""
         x = self._around(x, i)
-        x = x.reshape(-1, self.rows, *x.shape[1:])
-        return jnp.concatenate([x[n : n + self.tiles] for n in range(self.near)], axis=1)
+        x = x.reshape(x.shape[0], -1, self.rows, *x.shape[2:])
+        return jnp.concatenate([x[:, n : n + self.tiles] for n in range(self.near)], axis=2)
 
     def put(self, x, y, i):
-        return lax.dynamic_update_slice_in_dim(x, y.reshape(self.block, *x.shape[1:]), i * self.block, 0)
+        y = y.reshape(x.shape[0], self.block, *x.shape[2:])
+        return lax.dynamic_update_slice_in_dim(x, y, i * self.block, axis=1)
 
     def add_around(self, x, y, i):
         """Transpose of `around`: shifted adds, always in the same order."""
-        y = y.reshape(self.tiles, self.near, self.rows, *y.shape[2:])
-        total = jnp.zeros((self.tiles + self.near - 1, self.rows, *y.shape[3:]), y.dtype)
+        y = y.reshape(x.shape[0], self.tiles, self.near, self.rows, *x.shape[2:])
+        total = jnp.zeros((x.shape[0], self.tiles + self.near - 1, self.rows, *x.shape[2:]), y.dtype)
         for n in range(self.near):
-            total = total.at[n : n + self.tiles].add(y[:, n])
-        total = total.reshape(-1, *total.shape[2:])
-        return lax.dynamic_update_slice_in_dim(x, self._around(x, i) + total, i * self.block, 0)
+            total = total.at[:, n : n + self.tiles].add(y[:, :, n])
+        total = total.reshape(x.shape[0], -1, *x.shape[2:])
+        return lax.dynamic_update_slice_in_dim(x, self._around(x, i) + total, i * self.block, axis=1)
 
     def mask(self, i):
-        """Which pairs of a block attend, [tiles, 1, 1, rows, near · rows]."""
-        own, around = self.own(self.padded_segment, i), self.around(self.padded_segment, i)
+        """Which pairs of a block attend, [tiles, rows, 1, near · rows]."""
+        own, around = self.own(self.padded_segment, i)[0], self.around(self.padded_segment, i)[0]
         same = (own[:, :, None] == around[:, None]) & (own[:, :, None] < self.samples)
-        return (self.band & same)[:, None, None]
+        return (self.band & same)[:, :, None]
 
-    def crop(self, x, padded):
-        first = self.before if padded else 0
-        return x[first : first + self.tokens].reshape(self.tokens, -1, x.shape[-1])
+    def crop(self, x, first):
+        """Padded rows, heads first -> [N, H, D]."""
+        return jnp.moveaxis(x[:, first : first + self.tokens], 0, 1).reshape(self.tokens, -1, x.shape[-1])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
@@ -151,27 +153,26 @@ def _forward(q, k, v, starts, lengths, left, right, scale, blocking):
     layout = _Layout(q, k, starts, lengths, left, right, blocking)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     (Q, q_nan), (K, k_nan), (V, v_nan) = map(layout.clean, (q, k, v))
-    Q, K, V, kv_nan = layout.pad(layout.grouped(Q)), layout.pad(K), layout.pad(V), layout.pad(k_nan + v_nan)
-    shape = layout.blocks * layout.block, layout.kv_heads, layout.heads // layout.kv_heads
+    Q, K, V, kv_nan = layout.pad_grouped(Q), layout.pad(K), layout.pad(V), layout.pad(k_nan + v_nan)
+    shape = layout.kv_heads, layout.blocks * layout.block, layout.heads // layout.kv_heads
 
     def body(i, carry):
         out, lse = carry
-        s = jnp.einsum("mckrd,mskd->mkrcs", layout.own(Q, i), layout.around(K, i), preferred_element_type=wide)
-        s = s * scale + jnp.moveaxis(layout.around(kv_nan, i), 1, 2)[:, :, None, None]
+        s = jnp.einsum("hmcrd,hmsd->hmcrs", layout.own(Q, i), layout.around(K, i), preferred_element_type=wide)
+        s = s * scale + layout.around(kv_nan, i)[:, :, None, None]
         s = jnp.where(layout.mask(i), s, -jnp.inf)
-        highest = jnp.maximum(s.max(-1, keepdims=True), jnp.finfo(wide).min)
-        p = jnp.exp(s - highest)
+        highest = jnp.maximum(s.max(-1), jnp.finfo(wide).min)
+        p = jnp.exp(s - highest[..., None])
         total = p.sum(-1)
-        # A NaN marks the whole row; masked pairs must stay out of the product's other rows, which it does by itself.
-        y = jnp.einsum("mkrcs,mskd->mckrd", p.astype(v.dtype), layout.around(V, i), preferred_element_type=wide)
-        total = jnp.moveaxis(jnp.where(total == 0, 1, total), 3, 1)
+        total = jnp.where(total == 0, 1, total)
+        y = jnp.einsum("hmcrs,hmsd->hmcrd", p.astype(v.dtype), layout.around(V, i), preferred_element_type=wide)
         out = layout.put(out, (y / total[..., None]).astype(out.dtype), i)
-        return out, layout.put(lse, jnp.moveaxis(highest[..., 0], 3, 1) + jnp.log(total), i)
+        return out, layout.put(lse, highest + jnp.log(total), i)
 
-    out, lse = lax.fori_loop(0, layout.live, body, (zeros((*shape, q.shape[2]), q.dtype, q), zeros(shape, wide, q)))
-    nan = q_nan.astype(q.dtype)[..., None]
-    out = layout.crop(out, padded=False) + nan
-    lse = lse[: layout.tokens] + layout.grouped(q_nan)
+    start = zeros((*shape, q.shape[2]), q.dtype, q), zeros(shape, wide, q)
+    out, lse = lax.fori_loop(0, layout.live, body, start)
+    out = layout.crop(out, 0) + q_nan.astype(q.dtype)[..., None]
+    lse = layout.crop(lse[..., None], 0)[..., 0] + q_nan
     return out, (q, k, v, starts, lengths, out, lse)
 
 
@@ -182,35 +183,28 @@ def _backward(left, right, scale, blocking, residuals, dout):
     (Q, _), (K, _), (V, _), (out, _), (dO, do_nan) = map(layout.clean, (q, k, v, out, dout))
     delta = jnp.sum(out.astype(wide) * dO.astype(wide), axis=-1)
     # Rows that saw a NaN have it in lse, and so in every probability that is recomputed from it.
-    lse, delta = layout.pad(lse + layout.grouped(do_nan)), layout.pad(layout.grouped(delta))
-    Q, K, V, dO = layout.pad(layout.grouped(Q)), layout.pad(K), layout.pad(V), layout.pad(layout.grouped(dO))
-
-    def row(x, i):
-        return jnp.moveaxis(layout.own(x, i), 1, 3)[..., None]
+    Q, dO, lse, delta = map(layout.pad_grouped, (Q, dO, lse + do_nan, delta))
+    K, V = layout.pad(K), layout.pad(V)
 
     def body(i, carry):
         dq, dk, dv = carry
         own_q, own_do, near_k, near_v = layout.own(Q, i), layout.own(dO, i), layout.around(K, i), layout.around(V, i)
         mask = layout.mask(i)
-        s = jnp.einsum("mckrd,mskd->mkrcs", own_q, near_k, preferred_element_type=wide)
-        p = jnp.where(mask, jnp.exp(s * scale - row(lse, i)), 0)
-        dp = jnp.einsum("mckrd,mskd->mkrcs", own_do, near_v, preferred_element_type=wide)
-        ds = jnp.where(mask, p * (dp - row(delta, i)) * scale, 0).astype(q.dtype)
+        s = jnp.einsum("hmcrd,hmsd->hmcrs", own_q, near_k, preferred_element_type=wide)
+        p = jnp.where(mask, jnp.exp(s * scale - layout.own(lse, i)[..., None]), 0)
+        dp = jnp.einsum("hmcrd,hmsd->hmcrs", own_do, near_v, preferred_element_type=wide)
+        ds = jnp.where(mask, p * (dp - layout.own(delta, i)[..., None]) * scale, 0).astype(q.dtype)
         p = p.astype(q.dtype)
-        dq = layout.put(dq, jnp.einsum("mkrcs,mskd->mckrd", ds, near_k, preferred_element_type=wide), i)
-        dk = layout.add_around(dk, jnp.einsum("mkrcs,mckrd->mskd", ds, own_q, preferred_element_type=wide), i)
-        dv = layout.add_around(dv, jnp.einsum("mkrcs,mckrd->mskd", p, own_do, preferred_element_type=wide), i)
+        dq = layout.put(dq, jnp.einsum("hmcrs,hmsd->hmcrd", ds, near_k, preferred_element_type=wide), i)
+        dk = layout.add_around(dk, jnp.einsum("hmcrs,hmcrd->hmsd", ds, own_q, preferred_element_type=wide), i)
+        dv = layout.add_around(dv, jnp.einsum("hmcrs,hmcrd->hmsd", p, own_do, preferred_element_type=wide), i)
         return dq, dk, dv
 
-    dq = zeros((layout.blocks * layout.block, *Q.shape[1:]), wide, q)
+    dq = zeros((layout.kv_heads, layout.blocks * layout.block, *Q.shape[2:]), wide, q)
     dq, dk, dv = lax.fori_loop(0, layout.live, body, (dq, zeros(K.shape, wide, q), zeros(V.shape, wide, q)))
-    return (
-        layout.crop(dq, padded=False).astype(q.dtype),
-        layout.crop(dk, padded=True).astype(k.dtype),
-        layout.crop(dv, padded=True).astype(v.dtype),
-        None,
-        None,
-    )
+    before = layout.before
+    dq, dk, dv = layout.crop(dq, 0), layout.crop(dk, before), layout.crop(dv, before)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
 _attention.defvjp(_forward, _backward)
