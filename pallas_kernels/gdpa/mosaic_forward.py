@@ -123,10 +123,17 @@ def _kernel(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, out_gme
         q_tiles, blocks = extent(item)
         return blocks if tiles.resident else q_tiles * blocks
 
-    q_slot = lambda n: lax.rem(n, tiles.q_slots)
-    kv_slot = lambda n: lax.rem(n, tiles.kv_slots)
-    columns = lambda head, p: (head, pl.ds(hopper.PANEL * p, hopper.PANEL))
-    half = lambda acc, p: acc.at[:, pl.ds(hopper.PANEL * p, hopper.PANEL)] if panels > 1 else acc
+    def q_slot(n):
+        return lax.rem(n, tiles.q_slots)
+
+    def kv_slot(n):
+        return lax.rem(n, tiles.kv_slots)
+
+    def columns(head, p):
+        return head, pl.ds(hopper.PANEL * p, hopper.PANEL)
+
+    def panel(acc, p):
+        return acc.at[:, pl.ds(hopper.PANEL * p, hopper.PANEL)] if panels > 1 else acc
 
     # --- the warpgroup that issues copies
 
@@ -294,7 +301,10 @@ def _kernel(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, out_gme
             tile_ends = j + 1 == blocks
             t_next, j_next = jnp.where(tile_ends, t + 1, t), jnp.where(tile_ends, 0, j + 1)
             inside = t_next < q_tiles
-            pick = lambda a, b: jnp.where(inside, a, b)
+
+            def pick(a, b):
+                return jnp.where(inside, a, b)
+
             following = Place(tuple(map(pick, item, item_next)), pick(q_count, q_count_next),
                               pick(kv_count, kv_count_next), pick(t_next, 0), j_next)
             live = inside | another
@@ -307,7 +317,7 @@ def _kernel(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, out_gme
             def both(acc):
                 issue_scores(acc, following, live)
                 for p in range(panels):
-                    plgpu.wgmma(half(out_acc, p), weights, v_mma.at[v_at, p])
+                    plgpu.wgmma(panel(out_acc, p), weights, v_mma.at[v_at, p])
                 return plgpu.wgmma_accumulator_load(acc, wait_n=panels)
 
             s = pl.run_scoped(both, score_type)
