@@ -230,7 +230,7 @@ def _is_key(x: Any) -> bool:
 
 
 def _plain(path: str, leaf: Any) -> jax.Array | np.ndarray:
-    if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+    if not isinstance(leaf, (jax.Array, np.ndarray)):
         raise ValueError(f"state {path!r} is of type {type(leaf).__name__}; make it an array")
     if _is_key(leaf):
         return jax.random.key_data(leaf)
