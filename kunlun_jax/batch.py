@@ -4,15 +4,18 @@ Both are keyed by the names of a `FeatureSchema`. R requests hold B samples: the
 request's fields and stored sequences, which a model then needs to process once. Without such sharing R = B.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from kunlun_jax.jagged import Jagged
 from kunlun_jax.schema import PADDING_ID, TIME_FIELDS, FeatureSchema, Scope
+
+Array = jax.Array | np.ndarray  # the same classes hold NumPy arrays on the host
 
 
 @partial(
@@ -35,9 +38,9 @@ class Batch:
       weight: float32 [B], sample weights; 0 for the samples that fill up the last batch.
     """
 
-    dense: dict[str, Float[Array, "R_or_B"]]
-    sparse: dict[str, Int[Array, "R_or_B k"]]
-    events: dict[str, Jagged]
+    dense: Mapping[str, Float[Array, "R_or_B"]]
+    sparse: Mapping[str, Int[Array, "R_or_B k"]]
+    events: Mapping[str, Jagged]
     request_index: Int[Array, "P b"]
     labels: Float[Array, "B tasks"]
     label_mask: Float[Array, "B tasks"]
@@ -61,9 +64,9 @@ class EmbeddedBatch:
       request_index: as in `Batch`.
     """
 
-    dense: dict[str, Float[Array, "R_or_B"]]
-    sparse: dict[str, Float[Array, "R_or_B width"]]
-    events: dict[str, Jagged]
+    dense: Mapping[str, Float[Array, "R_or_B"]]
+    sparse: Mapping[str, Float[Array, "R_or_B width"]]
+    events: Mapping[str, Jagged]
     request_index: Int[Array, "P b"]
 
 

@@ -198,7 +198,7 @@ class KunlunConfig:
                 for f in dataclasses.fields(EventConfig)
                 if f.name != "window"
             },
-            window=None if None in windows else max(windows),
+            window=None if None in windows else max(w for w in windows if w is not None),
         )
         return dataclasses.replace(self, events=dict.fromkeys(self.events, largest))
 

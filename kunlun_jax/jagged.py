@@ -12,10 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.core import Tracer
+from jaxtyping import Float, Int
 
-# Shares of the full B·T_max for which a program may be compiled. Fine at the low end, where most data lives; the last
-# is 1, so that no event is ever dropped.
+Array = jax.Array | np.ndarray  # the same class holds NumPy arrays on the host
+
+# Shares of the full B·T_max for which a program may be compiled, unless told otherwise. Fine, because unused capacity
+# costs time in all but the four operators; a caller whose compilations cost more takes fewer. The last is 1, so that
+# no event is ever dropped.
 CAPACITY_FRACTIONS = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1.0)
 CAPACITY_MULTIPLE = 64  # tokens; keeps every capacity a whole number of tiles
 
@@ -57,7 +61,7 @@ class Jagged:
         if len(capacities) != 1 or next(iter(capacities))[0] != shards:
             raise ValueError(f"Jagged: values must all start with [{shards}, N], got {sorted(capacities)}")
         capacity = next(iter(capacities))[1]
-        if isinstance(self.lengths, jax.core.Tracer):
+        if isinstance(self.lengths, Tracer):
             return self
         starts, lengths = np.asarray(self.starts), np.asarray(self.lengths)
         if lengths.size and (lengths.min() < 0 or lengths.max() > self.max_length):
@@ -146,13 +150,24 @@ def span_index(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - packed, lengths) + np.arange(total)
 
 
-def capacities(batch_size: int, max_length: int) -> list[int]:
-    """The capacities, in tokens of a shard, for a shard of `batch_size` samples; one per CAPACITY_FRACTIONS."""
+def capacities(batch_size: int, max_length: int, fractions: Sequence[float] = CAPACITY_FRACTIONS) -> list[int]:
+    """The capacities, in tokens of a shard, for a shard of `batch_size` samples; one per fraction.
+
+    Raises:
+      ValueError: the fractions don't rise from above 0 to 1.
+    """
+    if not fractions or fractions[0] <= 0 or fractions[-1] != 1 or list(fractions) != sorted(set(fractions)):
+        raise ValueError(f"capacity fractions must rise from above 0 and end with 1, got {tuple(fractions)}")
     full = batch_size * max_length
-    return [-(-int(np.ceil(f * full)) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE for f in CAPACITY_FRACTIONS]
+    return [-(-int(np.ceil(f * full)) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE for f in fractions]
 
 
-def choose_bucket(tokens: Mapping[str, int], batch_size: int, max_lengths: Mapping[str, int]) -> int:
+def choose_bucket(
+    tokens: Mapping[str, int],
+    batch_size: int,
+    max_lengths: Mapping[str, int],
+    fractions: Sequence[float] = CAPACITY_FRACTIONS,
+) -> int:
     """One joint bucket for all event types: the smallest index whose capacities hold every type's fullest shard.
 
     Joint, because each combination of capacities is a compilation; on several processes all must agree on it before
@@ -162,10 +177,11 @@ def choose_bucket(tokens: Mapping[str, int], batch_size: int, max_lengths: Mappi
       tokens: per event type, the tokens of the fullest shard.
       batch_size: samples per shard.
       max_lengths: per event type, the schema's maximum.
+      fractions: the shares of the full size to choose from.
     """
     needed = 0
     for name, count in tokens.items():
-        sizes = capacities(batch_size, max_lengths[name])
+        sizes = capacities(batch_size, max_lengths[name], fractions)
         if count > sizes[-1]:
             raise ValueError(f"event type {name!r}: {count} tokens exceed {batch_size} samples of {max_lengths[name]}")
         needed = max(needed, int(np.searchsorted(sizes, count)))

@@ -62,18 +62,13 @@ def dense_optimizer(config: OptimizerConfig, steps: int, params) -> optax.Gradie
     The parameters are updated as one vector: a step of hundreds of small arrays otherwise takes longer to compile than
     the model itself.
     """
-    matrices = jax.tree.map(lambda p: jnp.full(p.shape, p.ndim >= 2), params)
+    matrices = jax.tree.map(lambda p: jnp.full(p.shape, float(p.ndim >= 2)), params)
     decayed = jax.flatten_util.ravel_pytree(matrices)[0]
     return optax.flatten(
         optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
             optax.scale_by_adam(b1=config.beta1, b2=config.beta2),
-            _decay(config.weight_decay, decayed),
+            optax.add_decayed_weights(config.weight_decay * decayed),
             optax.scale_by_learning_rate(schedule(config, config.learning_rate, steps)),
         )
     )
-
-
-def _decay(rate: float, where: jax.Array) -> optax.GradientTransformation:
-    """Adds `rate` times the parameter vector where `where` is true."""
-    return optax.stateless(lambda updates, params: updates + rate * jnp.where(where, params, 0))

@@ -143,7 +143,8 @@ class Learner:
         """Predict `batches` and compare with their labels."""
         evaluation = Evaluation(tasks=self.schema.tasks, base_rates=base_rates)
         for batch in batches:
-            evaluation = add_predictions(evaluation, self.predict(state.params, state.tables, batch), batch, self.schema)
+            logits = self.predict(state.params, state.tables, batch)
+            evaluation = add_predictions(evaluation, logits, batch, self.schema)
         return evaluation
 
 
@@ -158,7 +159,8 @@ def _first_bad(groups) -> str:
 
 def add_predictions(evaluation: Evaluation, logits, batch: Batch, schema: FeatureSchema) -> Evaluation:
     """The evaluation with a batch's predictions added, grouped by the schema's group field where there is one."""
-    return evaluation.update(np.asarray(logits), batch.labels, batch.label_mask, batch.weight, groups_of(batch, schema))
+    labels, mask, weight = (np.asarray(x) for x in (batch.labels, batch.label_mask, batch.weight))
+    return evaluation.update(np.asarray(logits), labels, mask, weight, groups_of(batch, schema))
 
 
 def groups_of(batch: Batch, schema: FeatureSchema) -> np.ndarray | None:

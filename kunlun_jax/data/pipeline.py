@@ -5,6 +5,7 @@ batches, so the cost per sample is that of NumPy. Copying releases no lock that 
 enough to overlap the host's work with the device's.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import grain
@@ -12,6 +13,7 @@ import numpy as np
 
 from kunlun_jax.batch import Batch, check_batch
 from kunlun_jax.data.samples import FILLER, Samples
+from kunlun_jax.jagged import CAPACITY_FRACTIONS
 
 
 class IndexBatches:
@@ -47,6 +49,7 @@ def loader(
     epochs: int = 1,
     shuffle: bool,
     seed: int = 0,
+    capacity_fractions: Sequence[float] = CAPACITY_FRACTIONS,
     threads: int = 1,
     prefetch: int = 4,
 ) -> grain.DatasetIterator[Batch]:
@@ -59,6 +62,7 @@ def loader(
     Args:
       batch_size: samples per batch, over all shards.
       shuffle: a new order for each epoch; False keeps the order of the samples, for streams.
+      capacity_fractions: shares of the full number of events per batch for which programs are compiled.
       threads: threads that prepare batches ahead.
       prefetch: batches prepared ahead, at least one per thread.
 
@@ -80,6 +84,10 @@ def loader(
     indices = IndexBatches(len(samples), batch_size=batch_size, epochs=epochs, shuffle=shuffle, seed=seed)
     return iter(
         grain.MapDataset.source(indices)
-        .map(lambda index: check_batch(samples.batch(index, shards=shards), samples.schema))
+        .map(
+            lambda index: check_batch(
+                samples.batch(index, shards=shards, capacity_fractions=capacity_fractions), samples.schema
+            )
+        )
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
     )

@@ -5,14 +5,14 @@ each sample owns a span. Spans of different samples may overlap, so the historie
 prefixes of one another and are stored once. Cutting a batch is a handful of NumPy gathers; no Python runs per sample.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from kunlun_jax.batch import Batch
-from kunlun_jax.jagged import Jagged, capacities, choose_bucket, deal_to_shards, pack, span_index
+from kunlun_jax.jagged import CAPACITY_FRACTIONS, Jagged, capacities, choose_bucket, deal_to_shards, pack, span_index
 from kunlun_jax.schema import HOST_PADDING_ID, PADDING_ID, TIME_FIELDS, EventType, FeatureSchema, SparseField, bind_ids
 
 FILLER = -1  # stands in a list of sample indices for a sample of weight 0
@@ -135,7 +135,9 @@ class Samples:
             raise ValueError(f"base_rates: task {task!r} has no known label of positive weight in {len(self)} samples")
         return {task: float(p / t) for task, p, t in zip(self.schema.tasks, positives, totals, strict=True)}
 
-    def batch(self, indices: np.ndarray, *, shards: int = 1) -> Batch:
+    def batch(
+        self, indices: np.ndarray, *, shards: int = 1, capacity_fractions: Sequence[float] = CAPACITY_FRACTIONS
+    ) -> Batch:
         """The batch of the samples `indices` [B], FILLER standing for an empty sample of weight 0.
 
         With several shards the samples change their order, so that every shard holds nearly the same number of events.
@@ -159,7 +161,10 @@ class Samples:
         per_shard = len(indices) // shards
         limits = {event.name: event.max_length for event in self.schema.events}
         fullest = {name: int(length.reshape(shards, -1).sum(axis=1).max()) for name, length in lengths.items()}
-        bucket = choose_bucket(fullest, per_shard, limits)
+        bucket = choose_bucket(fullest, per_shard, limits, capacity_fractions)
+
+        def capacity(event):
+            return capacities(per_shard, event.max_length, capacity_fractions)[bucket]
 
         def gather(column, filler):
             return np.where(real.reshape(-1, *[1] * (column.ndim - 1)), column[indices], column.dtype.type(filler))
@@ -168,9 +173,7 @@ class Samples:
             dense={name: gather(column, 0) for name, column in self.dense.items()},
             sparse={name: gather(column, PADDING_ID) for name, column in self.sparse.items()},
             events={
-                event.name: self._sequence(
-                    event, indices, lengths[event.name], shards, capacities(per_shard, event.max_length)[bucket]
-                )
+                event.name: self._sequence(event, indices, lengths[event.name], shards, capacity(event))
                 for event in self.schema.events
             },
             request_index=np.tile(np.arange(per_shard, dtype=np.int32), (shards, 1)),

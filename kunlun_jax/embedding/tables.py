@@ -146,8 +146,10 @@ def _plan_distinct(ids: dict[str, Int[Array, "*ids"]], table_rows: int) -> Plan:
     by_id, order = lax.sort((flat, position), num_keys=1, is_stable=True)
     first = jnp.concatenate([jnp.ones(1, bool), by_id[1:] != by_id[:-1]])
     run = jnp.cumsum(first, dtype=jnp.int32) - 1
-    uids = (table_rows + position).at[run].set(
-        jnp.where(by_id < table_rows, by_id, table_rows + run), indices_are_sorted=True
+    uids = (
+        (table_rows + position)
+        .at[run]
+        .set(jnp.where(by_id < table_rows, by_id, table_rows + run), indices_are_sorted=True)
     )
     # Padding's position lies beyond the rows, so that it reads 0 and its gradient is dropped.
     places = jnp.zeros(n, jnp.int32).at[order].set(jnp.where(by_id < table_rows, run, n), unique_indices=True)

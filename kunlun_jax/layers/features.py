@@ -1,5 +1,7 @@
 """Feature preprocessing: embedded features become set tokens X and event tokens S [2nd]."""
 
+from typing import get_args
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -22,7 +24,7 @@ class SetTokens(nnx.Module):
         self.schema, self.width, self.dense_tokens, self.dtype = schema, width, dense_tokens, dtype
         self.dense = nnx.Dict()
         self.projections = nnx.Dict()
-        for scope in ("request", "candidate"):
+        for scope in get_args(Scope):
             dense, sparse = _of_scope(schema.dense, scope), _of_scope(schema.sparse, scope)
             if dense:
                 self.dense[scope] = MLP(len(dense), [2 * width], dense_tokens * width, dtype=dtype, rngs=rngs)
@@ -49,8 +51,7 @@ class SetTokens(nnx.Module):
         return jnp.concatenate(tokens, axis=1) if tokens else None
 
     def __call__(self, batch: EmbeddedBatch) -> Float[Array, "B n d"]:
-        scopes = ("request", "candidate")
-        tokens = [(self.of_scope(batch, scope), scope) for scope in scopes]
+        tokens = [(self.of_scope(batch, scope), scope) for scope in get_args(Scope)]
         return jnp.concatenate([to_samples(x, batch.request_index, s) for x, s in tokens if x is not None], axis=1)
 
 

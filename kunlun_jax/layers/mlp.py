@@ -22,9 +22,7 @@ class MLP(nnx.Module):
 
     def __init__(self, inputs: int, hidden: Sequence[int], outputs: int, *, dtype: str, rngs: nnx.Rngs):
         widths = [inputs, *hidden, outputs]
-        self.layers = nnx.List(
-            [linear(a, b, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(widths)]
-        )
+        self.layers = nnx.List([linear(a, b, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(widths)])
 
     def __call__(self, x: Float[Array, "*rest inputs"]) -> Float[Array, "*rest outputs"]:
         for layer in self.layers[:-1]:

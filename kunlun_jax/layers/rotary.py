@@ -20,7 +20,7 @@ def rotary_angles(events: Jagged, head_width: int, time: TimeSource) -> Float[Ar
     """
     half = head_width // 2
     theta = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    turns = positions(events).astype(jnp.float32)
+    turns = jnp.asarray(positions(events), jnp.float32)
     if time != "none":
         turns = turns + log_days(events.values[time])
     return turns[..., None] * theta

@@ -12,6 +12,7 @@ summary H of the layer before. Each event type has a stack of its own size; the 
 """
 
 import warnings
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -43,15 +44,13 @@ class SequenceLayer(nnx.Module):
         tokens: int,
         rngs: nnx.Rngs,
     ):
-        common = {"dtype": config.dtype, "rngs": rngs}
-        operator = {"implementation": config.implementation}
+        common: dict[str, Any] = {"dtype": config.dtype, "rngs": rngs}
+        operator: dict[str, Any] = {"implementation": config.implementation, **common}
         if config.runs_pffn(layer):
             sizes = (tokens, config.width, config.generated, event.width)
             if config.pffn == "gdpa":
                 tau = event_type.max_length if config.tau == "maxlen" else 1.0
-                self.pffn = PersonalisedFFN(
-                    *sizes, event.head_width, activation=config.activation, tau=tau, **common, **operator
-                )
+                self.pffn = PersonalisedFFN(*sizes, event.head_width, activation=config.activation, tau=tau, **operator)
             else:
                 self.pffn = NaivePFFN(*sizes, **common)
             if config.pooling == "hsp":
@@ -63,15 +62,14 @@ class SequenceLayer(nnx.Module):
                     config.width,
                     rank=config.kron_rank,
                     compression=config.compression,
-                    **common,
                     **operator,
                 )
             else:
                 self.pool = PooledMultiheadAttention(
-                    event.n_tokens, event.width, event.head_width, config.width, **common, **operator
+                    event.n_tokens, event.width, event.head_width, config.width, **operator
                 )
         if config.runs_attention(layer, event):
-            self.attend = WindowAttention(event.width, event.head_width, event.window, **common, **operator)
+            self.attend = WindowAttention(event.width, event.head_width, event.window, **operator)
 
     def __call__(self, sequence: Jagged, summary, tokens: Float[Array, "b n d"], angles):
         if hasattr(self, "pffn"):
@@ -150,7 +148,7 @@ class Kunlun(nnx.Module):
         sequences = {
             event.name: self.event_tokens[event.name](batch.events[event.name]) for event in self.schema.events
         }
-        summaries = dict.fromkeys(sequences)
+        summaries: dict[str, Any] = dict.fromkeys(sequences)
         for layer in self.layers:
             for event in self.schema.events:
                 name = event.name
@@ -170,8 +168,8 @@ class Kunlun(nnx.Module):
             return None
         return rotary_angles(batch.events[event.name], config.head_width, self.config.rotary_time)
 
-    def generating_tokens(self, event, x, shared, batch) -> Float[Array, "R_or_B n d"]:
-        """The set tokens that generate the weights of one event type, one row per stored sequence.
+    def generating_tokens(self, event, x, shared, batch):
+        """The set tokens that generate the weights of one event type, [R or B, n, d]: a row per stored sequence.
 
         With "request" they are the request's own tokens as they entered the model [choice]: deeper ones have met the
         candidate.

@@ -252,3 +252,9 @@ def test_the_static_maximum_decides_about_tracing_and_the_layout_does_not():
     assert len(traces) == 1
     total(replace(GOOD, max_length=T + 1))
     assert len(traces) == 2
+
+
+@pytest.mark.parametrize("fractions", [(), (0.0, 1.0), (0.5, 0.25, 1.0), (0.5, 0.5, 1.0), (0.5,)])
+def test_capacity_fractions_must_rise_to_one(fractions):
+    with pytest.raises(ValueError, match="must rise from above 0 and end with 1"):
+        capacities(4, 10, fractions)
