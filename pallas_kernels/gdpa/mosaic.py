@@ -1,9 +1,97 @@
 """GDPA on Hopper: ties the forward and the backward kernel together."""
 
+import functools
+import warnings
+from typing import Any, NamedTuple
 
-def unsupported(*args, **kwargs) -> str | None:
-    return "the kernel is not written yet"
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import hopper
+from pallas_kernels.dispatch import SlowerPathWarning
+from pallas_kernels.gdpa import xla
+from pallas_kernels.gdpa.mosaic_forward import gdpa_forward
+from pallas_kernels.gdpa.schedule import make_schedule
+from pallas_kernels.gdpa.tiles import forward_tiles
+from pallas_kernels.jagged import vary_together
+
+try:
+    from pallas_kernels.gdpa import mosaic_backward
+except ImportError:
+    mosaic_backward = None
 
 
-def mosaic_gpu(*args, **kwargs):
-    raise AssertionError("unreachable: `unsupported` always answers")
+class Static(NamedTuple):
+    """What is fixed while tracing; interpret and sms are for tests on a CPU."""
+
+    max_q_length: int
+    max_kv_length: int
+    activation: tuple[str, ...]
+    scale: float
+    post_scale: float
+    sms: int
+    interpret: Any
+
+
+def unsupported(q, k, v, *spans, **static) -> str | None:
+    """Why the Hopper kernels can't run this call, or None."""
+    return hopper.unsupported_device() or hopper.unsupported_operands(q=q, k=k)
+
+
+def mosaic_gpu(q, k, v, q_starts, q_lengths, kv_starts, kv_lengths, *, max_q_length, max_kv_length, activation, scale,
+               post_scale, sms: int | None = None, interpret=None):
+    """See `gdpa`."""
+    sms = hopper.sm_count() if sms is None else sms
+    static = Static(max_q_length, max_kv_length, activation, scale, post_scale, sms, interpret)
+    return _gdpa(static, *vary_together(q, k, v, q_starts, q_lengths, kv_starts, kv_lengths))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gdpa(static: Static, *operands):
+    return _forward(static, *operands)
+
+
+def _forward(static: Static, q, k, v, *spans):
+    if 0 in (static.max_q_length, static.max_kv_length):
+        return jnp.zeros_like(q)
+    tiles = forward_tiles(
+        width=q.shape[2], heads=q.shape[1], samples=spans[0].shape[0], max_q_length=static.max_q_length,
+        max_kv_length=static.max_kv_length, sms=static.sms,
+    )
+    schedule = make_schedule(*spans, rows=q.shape[0], max_q_length=static.max_q_length, q_chunk=tiles.q_chunk)
+    out = gdpa_forward(
+        q, k, v, schedule, activation=static.activation, scale=static.scale, post_scale=static.post_scale, tiles=tiles,
+        sms=static.sms, interpret=static.interpret,
+    )
+    return vary_together(out, q)[0]
+
+
+def _gdpa_fwd(static, *operands):
+    return _forward(static, *operands), operands
+
+
+def _gdpa_bwd(static: Static, operands, do):
+    q, k, v, *spans = operands
+    by_xla = functools.partial(xla.backward, xla.Static(*static[:5]))
+    if mosaic_backward is None:
+        warnings.warn("gdpa: the gradient runs on 'xla': the Hopper kernel for it is not there", SlowerPathWarning,
+                      stacklevel=2)
+        return *by_xla(q, k, v, do, *spans), *(None,) * 4
+
+    def by_kernel(q, k, v, do, *spans):
+        grads = mosaic_backward.gdpa_backward(q, k, v, do, *spans, **static._asdict())
+        return vary_together(*grads, q)[:3]
+
+    # The kernels give every row of k to one sample. Samples that share keys add their gradients up in XLA.
+    return *lax.cond(spans_meet(*spans[2:]), by_xla, by_kernel, q, k, v, do, *spans), *(None,) * 4
+
+
+_gdpa.defvjp(_gdpa_fwd, _gdpa_bwd)
+
+
+def spans_meet(starts, lengths):
+    """Do any two non-empty spans share a row?"""
+    order = jnp.argsort(jnp.where(lengths > 0, starts, jnp.iinfo(jnp.int32).max))
+    ends = lax.cummax(jnp.where(lengths > 0, starts + lengths, 0)[order])
+    return jnp.any((ends[:-1] > starts[order][1:]) & (lengths[order][1:] > 0))

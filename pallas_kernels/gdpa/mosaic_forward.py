@@ -29,7 +29,7 @@ from pallas_kernels.gdpa.activations import kernel_activation
 from pallas_kernels.gdpa.schedule import Schedule, dealt, dealt_item
 from pallas_kernels.gdpa.tiles import WARPGROUP_ROWS, ForwardTiles
 
-COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
+COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
 
 
 class Place(NamedTuple):

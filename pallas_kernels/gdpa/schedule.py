@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.jagged import chunks
-
 PAIRWISE = 4096  # up to here one fused comparison of all pairs beats a sort's several kernels
 FILL_ROWS = 512  # rows of one item of zero-filling
 
@@ -40,7 +38,7 @@ def make_schedule(q_starts, q_lengths, kv_starts, kv_lengths, *, rows: int, max_
     if q_chunk is None or max_q_length <= q_chunk:
         first, count, sample = q_starts, lengths, jnp.arange(q_starts.shape[0])
     else:
-        sample, first, count, _ = chunks(q_starts, lengths, rows, q_chunk)
+        sample, first, count, _ = pieces(q_starts, lengths, rows, q_chunk)
     table = jnp.stack([first, count, kv_starts[sample], kv_lengths[sample]], axis=1)
     cost = jnp.where(count > 0, ((count + 127) // 128) * ((table[:, 3] + 63) // 64), 0)
     fills, fill_count = row_fills(q_starts, lengths, rows)
@@ -58,6 +56,21 @@ def sort_descending(table, cost):
     return jnp.zeros_like(table).at[jnp.sum(before, axis=1)].set(table, unique_indices=True)
 
 
+def pieces(starts, lengths, rows: int, size: int):
+    """Cut disjoint spans of an array into pieces of at most `size` rows, as `pallas_kernels.jagged.chunks` does, in
+    kernels of one pass: its search is a loop, which costs a GPU more than all comparisons at once.
+
+    Returns span, first row and rows of each piece, int32 [rows // size + B], and the number of pieces in use.
+    """
+    count = (lengths + size - 1) // size
+    end = jnp.cumsum(count)
+    index = jnp.arange(rows // size + starts.shape[0], dtype=jnp.int32)
+    method = "compare_all" if index.size * end.size <= PAIRWISE**2 else "sort"
+    span = jnp.minimum(jnp.searchsorted(end, index, side="right", method=method), starts.shape[0] - 1)
+    offset = (index - (end - count)[span]) * size
+    return span, starts[span] + offset, jnp.clip(lengths[span] - offset, 0, size), end[-1]
+
+
 def row_fills(starts, lengths, rows: int):
     """Rows [0, rows) outside disjoint spans, in pieces: int32 [Z, 2] (row, rows) and the number of pieces."""
     begin = jnp.concatenate([jnp.where(lengths > 0, starts, rows), jnp.array([rows], jnp.int32)])
@@ -71,7 +84,7 @@ def row_fills(starts, lengths, rows: int):
     # Every empty sample asks for the gap at the end; it is filled once.
     at_end = jnp.arange(begin.shape[0]) < begin.shape[0] - 1
     gap = jnp.where(at_end & (begin >= rows), 0, jnp.maximum(begin - previous, 0))
-    _, row, count, live = chunks(previous, gap, rows, FILL_ROWS)
+    _, row, count, live = pieces(previous, gap, rows, FILL_ROWS)
     return jnp.stack([row, count], axis=1), live
 
 

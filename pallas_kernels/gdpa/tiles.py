@@ -47,7 +47,7 @@ def forward_tiles(*, width: int, heads: int, samples: int, max_q_length: int, ma
     kv_block = 64 if max_kv_length <= 64 else 128
     per_block = kv_block * width * 2 * 2  # K and V, 16-bit
     fixed = 3 * 2 * WARPGROUP_ROWS * width * 2  # two query tiles and an output tile
-    kv_slots = min((SHARED_MEMORY - fixed - 8 * 1024) // per_block, 4)
+    kv_slots = min((SHARED_MEMORY - fixed - 1024) // per_block, 4)
     resident = max_kv_length <= kv_slots * kv_block
     # Whole samples unless there are too few for an even load: aim at eight items per SM.
     tiles = -(-max_q_length // (2 * WARPGROUP_ROWS))
