@@ -2,11 +2,17 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from kunlun_jax.data.synthetic import SyntheticConfig
+from kunlun_jax.data.synthetic import make_schema as make_synthetic_schema
+from kunlun_jax.jagged import CAPACITY_FRACTIONS
 from kunlun_jax.layers.rotary import TimeSource
 from kunlun_jax.layers.seed_pooling import Compression
 from kunlun_jax.layers.wukong import ExpertInputs
+from kunlun_jax.optimizer import OptimizerConfig
 from kunlun_jax.schema import FeatureSchema, Scope
 
 Activation = Literal["identity", "relu", "relu2", "leaky_relu", "gelu", "gelu_tanh", "silu", "hardswish"]
@@ -181,10 +187,10 @@ class KunlunConfig:
         )
 
     @classmethod
-    def movielens(cls, schema: FeatureSchema) -> "KunlunConfig":
+    def movielens(cls) -> "KunlunConfig":
         """MovieLens-100K on two CPU cores; sizes chosen on the validation part."""
-        event = EventConfig(width=32, head_width=16, depth=3, n_seeds=32, n_tokens=8, window=32)
-        return cls(events={e.name: event for e in schema.events}, width=32, generated=16, dense_tokens=2)
+        event = EventConfig(width=32, head_width=16, depth=3, n_seeds=16, n_tokens=4, window=32)
+        return cls(events={"liked": event, "disliked": event}, width=32, generated=16, tau="one")
 
     def uniform_events(self) -> "KunlunConfig":
         """Ablation of event-level personalisation: every event type gets the largest size in use."""
@@ -207,3 +213,97 @@ def _at_least_one(config, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: must be at least 1, got {getattr(config, name)}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole training: data, model, optimiser, order. With the code's version it determines the result.
+
+    Attributes:
+      data: which data set.
+      data_directory: where MovieLens' files are, or are put.
+      synthetic: settings of the generator, for data "synthetic".
+      batch_size: samples per step.
+      epochs: passes over the training part.
+      shuffle: a new order each epoch; False keeps time order.
+      seed: of the initial parameters and of the order.
+      capacity_fractions: shares of batch_size · max_length events for which a program is compiled.
+      log_every, save_every: steps between lines in the log, and between checkpoints.
+    """
+
+    model: KunlunConfig
+    data: Literal["movielens", "synthetic"] = "movielens"
+    data_directory: Path = Path("data/ml-100k")
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    batch_size: int = 1000
+    epochs: int = 2
+    shuffle: bool = False
+    seed: int = 0
+    capacity_fractions: tuple[float, ...] = CAPACITY_FRACTIONS
+    log_every: int = 10
+    save_every: int = 40
+
+    def __post_init__(self):
+        _at_least_one(self, "batch_size", "epochs", "log_every", "save_every")
+        if self.seed < 0:
+            raise ValueError(f"seed: must not be negative, got {self.seed}")
+
+    @classmethod
+    def movielens(cls) -> "TrainConfig":
+        """MovieLens-100K in time order."""
+        return cls(model=KunlunConfig.movielens(), capacity_fractions=(0.25, 0.5, 1.0))
+
+    @classmethod
+    def synthetic_stream(cls) -> "TrainConfig":
+        """The generated stream, whose best possible NE is known."""
+        synthetic = SyntheticConfig()
+        model = KunlunConfig.tiny(make_synthetic_schema(synthetic))
+        return cls(
+            model=model, data="synthetic", synthetic=synthetic, batch_size=500, capacity_fractions=(0.5, 0.75, 1.0)
+        )
+
+
+def to_dict(config: Any) -> Any:
+    """A config as JSON-able values."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, dict):
+        return {key: to_dict(value) for key, value in config.items()}
+    if isinstance(config, tuple):
+        return [to_dict(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def from_dict(kind: Any, values: Any, *, where: str = "config") -> Any:
+    """The inverse of `to_dict` for a config class `kind`; absent fields take their defaults.
+
+    Raises:
+      ValueError: a field is unknown, or a value has another type than its field; the message names it.
+    """
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        if not isinstance(values, dict) or (unknown := sorted(values.keys() - hints.keys())):
+            found = unknown if isinstance(values, dict) else values
+            raise ValueError(f"{where}: {found} unknown; there are {sorted(hints)}")
+        return kind(**{name: from_dict(hints[name], v, where=f"{where}.{name}") for name, v in values.items()})
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is dict and isinstance(values, dict):
+        return {key: from_dict(arguments[1], v, where=f"{where}.{key}") for key, v in values.items()}
+    if origin is tuple and isinstance(values, list):
+        return tuple(from_dict(arguments[0], v, where=where) for v in values)
+    if origin in (Union, UnionType):
+        for option in arguments:
+            try:
+                return from_dict(option, values, where=where)
+            except ValueError:
+                continue
+    if origin is Literal and values in arguments:
+        return values
+    if kind is Path and isinstance(values, str):
+        return Path(values)
+    if kind is float and type(values) is int:
+        return float(values)
+    if origin is None and kind is not Path and type(values) is kind:
+        return values
+    raise ValueError(f"{where}: {values!r} is not {getattr(kind, '__name__', kind)}")

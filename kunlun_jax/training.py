@@ -100,7 +100,7 @@ class Learner:
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
         loss, logits, (grads, row_grads), _, plans = self._gradients(state.params, state.tables, batch)
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm((grads, row_grads)))
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm((grads, row_grads)))
         healthy = state.healthy & finite
         updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(healthy, new, old))
@@ -126,7 +126,7 @@ class Learner:
             return
         loss, logits, (grads, row_grads), rows, _ = jax.jit(self._gradients)(state.params, state.tables, batch)
         groups = {
-            "input": (batch.dense, {name: events.values for name, events in batch.events.items()}),
+            "input": {"dense": batch.dense, **{name: events.values for name, events in batch.events.items()}},
             "embeddings of table": rows,
             "parameter": state.params,
             "logits": logits,

@@ -168,7 +168,7 @@ class Kunlun(nnx.Module):
             return None
         return rotary_angles(batch.events[event.name], config.head_width, self.config.rotary_time)
 
-    def generating_tokens(self, event, x, shared, batch):
+    def generating_tokens(self, event, x, shared, batch) -> Any:
         """The set tokens that generate the weights of one event type, [R or B, n, d]: a row per stored sequence.
 
         With "request" they are the request's own tokens as they entered the model [choice]: deeper ones have met the

@@ -1,0 +1,167 @@
+"""Train Kunlun and leave a run behind: config, log, summary, plots, checkpoints.
+
+    python experiments/train.py movielens                       # two CPU cores: about 4 minutes
+    python experiments/train.py synthetic --epochs 5 --model.width 64
+    python experiments/train.py movielens --resume              # goes on after an interruption, bit for bit
+
+The result is written to runs/<preset>/ (--out names another directory). SIGTERM or Ctrl-C saves and stops.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import absl.logging
+import jax
+import tyro
+from flax import nnx
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kunlun_jax.checkpoint import CheckpointError
+from kunlun_jax.config import TrainConfig
+from kunlun_jax.data.pipeline import loader
+from kunlun_jax.flops import kunlun_flops, total
+from kunlun_jax.models.kunlun import Kunlun
+from kunlun_jax.plots import plot_run
+from kunlun_jax.run import Run, load_samples, stop_on_sigterm
+from kunlun_jax.training import Learner, NonFiniteLoss, fit
+
+PRESETS = {"movielens": TrainConfig.movielens, "synthetic": TrainConfig.synthetic_stream}
+STOPPED = 128 + 15  # exit code of a process that SIGTERM ended
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where the run goes, and whether to go on with one that is there."""
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    out: Path
+    resume: bool = False
+
+
+def train(config: TrainConfig, out: Path, *, resume: bool = False) -> int:
+    """Train as configured; return the process's exit code."""
+    console = Console(highlight=False)
+    run = Run(out, config, resume=resume)
+    if run.summary is not None:
+        console.print(f"{out} has finished; its results are in {out / 'summary.json'}")
+        return 0
+    samples, facts = load_samples(config)
+    schema, base_rates = samples["train"].schema, samples["train"].base_rates()
+
+    def batches(part: str, *, epochs: int, shuffle: bool = False):
+        return loader(
+            samples[part], batch_size=config.batch_size, epochs=epochs, shuffle=shuffle, seed=config.seed,
+            capacity_fractions=config.capacity_fractions,
+        )  # fmt: skip
+
+    per_epoch = -(-len(samples["train"]) // config.batch_size)
+    steps = config.epochs * per_epoch
+    model = Kunlun(config.model.check(schema), schema, rngs=nnx.Rngs(config.seed))
+    learner = Learner(model, schema, config.optimizer, steps=steps)
+    state, stream = learner.init(config.seed), batches("train", epochs=config.epochs, shuffle=config.shuffle)
+
+    with run.open_checkpoints(schema) as checkpoints, stop_on_sigterm() as signals:
+        if checkpoints.latest_step() is not None:
+            step, state, position, _ = checkpoints.restore(state)
+            stream.set_state(position)
+            console.print(f"going on after step {step} of {steps}")
+            if run.changed_versions:
+                console.print(
+                    f"versions changed since the start, results may differ in their last bits: {run.changed_versions}"
+                )
+        run.forget_after(int(state.step))
+        _describe(console, config, schema, samples, state, steps)
+
+        with Progress(
+            TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"),
+            TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+        ) as progress:  # fmt: skip
+            bar = progress.add_task("", total=steps, completed=int(state.step))
+
+            def on_log(step, values):
+                run.log("train", step, values)
+                line = _line(values, schema.tasks)
+                progress.update(bar, completed=step, description=line)
+                if not console.is_terminal:
+                    console.print(f"step {step}/{steps}: {line}")
+
+            def after_step(step, state):
+                if step % config.save_every == 0 or step == steps or signals:
+                    checkpoints.save(step, state, stream)
+                if step % per_epoch == 0:
+                    evaluation = learner.evaluate(state, batches("validation", epochs=1), base_rates)
+                    run.log("validation", step, evaluation.results())
+                    console.print(f"step {step}/{steps}: validation {_line(evaluation.results(), schema.tasks)}")
+                return not signals
+
+            state = fit(
+                learner, state, stream, base_rates=base_rates, log_every=config.log_every,
+                on_log=on_log, after_step=after_step,
+            )  # fmt: skip
+        checkpoints.wait()
+        if signals:
+            console.print(f"stopped by a signal; saved step {int(state.step)} of {steps}. Go on with --resume")
+            return STOPPED
+
+    test = learner.evaluate(state, batches("test", epochs=1), base_rates)
+    validation = run.lines("validation")[-1]
+    run.finish({"validation": validation, "test": test.results(), "data": facts})
+    best_ne = facts.get("best_ne", {}).get("validation")
+    plot_run(run, test, schema.tasks, best_ne)
+    console.print(f"test: {_line(test.results(), schema.tasks)}")
+    console.print(f"config, log, summary, plots and checkpoints are in {out}")
+    return 0
+
+
+def _describe(console, config, schema, samples, state, steps) -> None:
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    rows = sum(t.rows for t in schema.tables)
+    lengths = {name: e.stop - e.start for name, e in samples["train"].events.items()}
+    gflops = total(kunlun_flops(config.model, schema, lengths)) / 1e9
+    console.print(
+        f"Kunlun on {config.data}: {len(samples['train']):,} training samples, {steps} steps of {config.batch_size}; "
+        f"{parameters:,} dense parameters, {rows:,} table rows, {gflops:.4f} GFLOP per sample forward; "
+        f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
+    )
+    for part, of_part in samples.items():
+        for name, rate in of_part.out_of_range_rates().items():
+            if rate:
+                console.print(f"{part}: {rate:.2%} of the ids of {name!r} have no table row of their own")
+
+
+def _line(values: dict, tasks) -> str:
+    parts = [
+        f"{task + ' ' if len(tasks) > 1 else ''}loss {values[f'{task}/log_loss']:.4f} NE {values[f'{task}/ne']:.4f} "
+        f"AUC {values[f'{task}/auc']:.4f}"
+        for task in tasks
+    ]
+    if "samples_per_second" in values:
+        parts.append(f"{values['samples_per_second']:,.0f} samples/s, data wait {values['data_wait']:.1%}")
+    return ", ".join(parts)
+
+
+def main() -> int:
+    absl.logging.set_verbosity(absl.logging.FATAL)  # orbax logs whole tracebacks before our one line
+    presets = {
+        name: (
+            f"Settings of the preset {name!r}.",
+            dataclasses.replace(_DEFAULT, config=preset(), out=Path("runs") / name),
+        )
+        for name, preset in PRESETS.items()
+    }
+    try:
+        options = tyro.extras.overridable_config_cli(presets, prog="train.py", description=__doc__)
+        return train(options.config, options.out, resume=options.resume)
+    except (CheckpointError, NonFiniteLoss, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+_DEFAULT = Options(config=TrainConfig.movielens(), out=Path("runs"))
+
+if __name__ == "__main__":
+    sys.exit(main())
