@@ -3,7 +3,7 @@
 import numpy as np
 
 from kunlun_jax.batch import Batch, EmbeddedBatch, check_batch
-from kunlun_jax.jagged import pack
+from kunlun_jax.jagged import Jagged, pack
 from kunlun_jax.schema import PADDING_ID, DenseField, EventType, FeatureSchema, SparseField, Table
 
 
@@ -82,3 +82,18 @@ def random_embedded(schema, rng, **kwargs) -> EmbeddedBatch:
     }
     sparse = {f.name: embedding(f, batch.sparse[f.name]) for f in schema.sparse}
     return EmbeddedBatch(batch.dense, sparse, events, batch.request_index)
+
+
+def random_sequence(rng, lengths, width, *, shards=1, max_length=None, spare=3) -> Jagged:
+    """Samples of these lengths and features; `spare` tokens of each shard lie outside every sample and hold NaN."""
+    lengths = np.asarray(lengths)
+    values = {"x": rng.normal(size=(int(lengths.sum()), width)).astype(np.float32)}
+    packed = pack(
+        values,
+        lengths,
+        capacity=int(lengths.reshape(shards, -1).sum(1).max()) + spare,
+        shards=shards,
+        max_length=int(lengths.max()) if max_length is None else max_length,
+        fill={"x": np.nan},
+    )
+    return packed.with_values(packed.values["x"])

@@ -1,0 +1,23 @@
+"""MLP and MaskNet equal their formulas."""
+
+import numpy as np
+from flax import nnx
+
+from kunlun_jax.layers.mlp import MLP, MaskNet
+from tests.kunlun_jax.layers import plain
+
+
+def test_mlp_is_linear_maps_with_silu_between():
+    rng = np.random.default_rng(0)
+    for hidden in ((), (5,), (5, 3)):
+        module = plain.build(lambda h=hidden: MLP(4, h, 2, dtype="float32", rngs=nnx.Rngs(0)), rng)
+        x = rng.normal(size=(6, 4))
+        np.testing.assert_allclose(plain.run(module, x), plain.mlp(module, x), rtol=1e-5, atol=1e-5)
+
+
+def test_masknet_compresses_what_its_own_mask_scales():
+    rng = np.random.default_rng(1)
+    module = plain.build(lambda: MaskNet(5, 3, dtype="float32", rngs=nnx.Rngs(0)), rng)
+    x = rng.normal(size=(2, 7, 5))
+    expected = plain.mlp(module.compress, x * plain.mlp(module.mask, x))
+    np.testing.assert_allclose(plain.run(module, x), expected, rtol=1e-5, atol=1e-5)
