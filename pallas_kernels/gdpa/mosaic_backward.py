@@ -1,0 +1,78 @@
+"""The GDPA backward for Hopper: which kernels a call gets, and their schedules.
+
+XLA writes the scores, their weights and their gradients to device memory; here they live in registers.
+
+fused: one kernel with five products, where all samples have at most 256 keys.
+split: two kernels with seven products, for keys of any length.
+
+Both need spans of keys that don't overlap: samples that share keys would write the same rows.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import hopper
+from pallas_kernels.gdpa.mosaic_backward_common import COMPUTE, TILE
+from pallas_kernels.gdpa.mosaic_backward_fused import KEYS, gdpa_fused_backward
+from pallas_kernels.gdpa.mosaic_backward_split import KV_BLOCK, gdpa_dkv, gdpa_dq
+from pallas_kernels.gdpa.schedule import make_schedule, row_fills
+
+ITEMS_PER_SM = 8  # below that, samples are cut for an even load
+FUSED_KEYS = 2 * KEYS  # every further pass would round dq once more
+FUSED_ITEMS_PER_SM = 4  # the fused kernel can't cut a sample's queries
+
+
+def unsupported(q, k, v, *args, **kwargs) -> str | None:
+    """Why the backward kernels can't run this call, or None. Overlapping keys can't be seen while tracing."""
+    return hopper.unsupported_device() or hopper.unsupported_operands(q=q, k=k, v=v)
+
+
+def gdpa_backward(
+    q: Float[Array, "Nq H D"],
+    k: Float[Array, "Nkv K D"],
+    v: Float[Array, "Nkv K D"],
+    do: Float[Array, "Nq H D"],
+    *,
+    q_starts: Int32[Array, " B"],
+    q_lengths: Int32[Array, " B"],
+    kv_starts: Int32[Array, " B"],
+    kv_lengths: Int32[Array, " B"],
+    activation: tuple[str, ...],
+    scale: float,
+    post_scale: float,
+    max_q_length: int,
+    max_kv_length: int,
+    sms: int | None = None,
+    interpret=None,
+) -> tuple[Float[Array, "Nq H D"], Float[Array, "Nkv K D"], Float[Array, "Nkv K D"]]:
+    """(dq, dk, dv) of `gdpa` for the cotangent `do`; both sets of spans must be disjoint.
+
+    activation: one name per query head. sms: blocks of the grid (default: the device's SMs).
+    """
+    sms = sms or hopper.sm_count()
+    static = dict(activation=activation, scale=scale, post_scale=post_scale, sms=sms, interpret=interpret)
+    queries, keys = (q_starts, q_lengths), (kv_starts, kv_lengths)
+    do = do.astype(q.dtype)
+    if is_fused(samples=q_starts.shape[0], kv_heads=k.shape[1], max_kv_length=max_kv_length, sms=sms):
+        by_key = make_schedule(*keys, *queries, rows=k.shape[0], max_q_length=max_kv_length)
+        live = jnp.where(kv_lengths > 0, q_lengths, 0)
+        fills, count = row_fills(q_starts, live, q.shape[0])
+        return gdpa_fused_backward(q, k, v, do, by_key, (fills, count.reshape(1)), **static)
+    chunk = _q_chunk(samples=q_starts.shape[0], heads=q.shape[1], max_q_length=max_q_length, sms=sms)
+    by_query = make_schedule(*queries, *keys, rows=q.shape[0], max_q_length=max_q_length, q_chunk=chunk)
+    by_key = make_schedule(*keys, *queries, rows=k.shape[0], max_q_length=max_kv_length, q_chunk=KV_BLOCK)
+    dk, dv = gdpa_dkv(q, k, v, do, by_key, **static)
+    return gdpa_dq(q, k, v, do, by_query, **static), dk, dv
+
+
+def is_fused(*, samples: int, kv_heads: int, max_kv_length: int, sms: int) -> bool:
+    """Does the call get the fused kernel?"""
+    return max_kv_length <= FUSED_KEYS and samples * kv_heads >= FUSED_ITEMS_PER_SM * sms
+
+
+def _q_chunk(*, samples: int, heads: int, max_q_length: int, sms: int) -> int | None:
+    """Query rows of one item of the dq kernel; None: whole samples, if there are enough of them."""
+    pair = COMPUTE * TILE
+    pairs = -(-max_q_length // pair)
+    per_item = max(samples * heads * pairs // (ITEMS_PER_SM * sms), 2)
+    return None if per_item >= pairs else per_item * pair

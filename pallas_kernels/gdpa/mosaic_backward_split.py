@@ -1,0 +1,410 @@
+"""GDPA's backward as two Hopper kernels, for keys of any length: dq, and dk with dv.
+
+Both compute the scores again, so seven products stand for five useful ones, but nothing is exchanged between blocks and
+no partial sum leaves a register: each gradient row is written once, in its final form.
+
+dq: two warpgroups hold 64 query rows each and pass over the keys. Keys and values stay in shared memory while an item's
+query tiles pass where they fit, otherwise they stream past each pair of tiles.
+dk, dv: two warpgroups hold 64 keys each and pass over the queries of all heads that read them, so the sum over a group
+of heads has a fixed order.
+
+Numerics: scores, slopes and sums in float32; weights and score gradients are rounded to the inputs' dtype before their
+products. Deterministic: two runs give the same bits.
+"""
+
+import functools
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import hopper
+from pallas_kernels.gdpa import mosaic_backward_common as common
+from pallas_kernels.gdpa.mosaic_backward_common import COMPUTE, TILE
+from pallas_kernels.gdpa.schedule import Schedule, dealt, dealt_item
+
+KV_BLOCK = 128  # keys of one step of the dq kernel, and of one item of the dk, dv kernel
+
+
+def gdpa_dkv(q, k, v, do, schedule: Schedule, *, activation: tuple[str, ...], scale: float, post_scale: float,
+             sms: int, interpret=None):
+    """(dk, dv). The schedule is that of the keys, cut into chunks of KV_BLOCK: items are key row, key rows, query row,
+    query rows."""
+    width = q.shape[2]
+    scratch = dkv_scratch(q.dtype, width // hopper.PANEL, stages=2 if width == 128 else 4, interpret=interpret)
+    body = functools.partial(
+        _dkv, activations=common.kernel_activations(activation, scale, post_scale, q.dtype), names=activation, sms=sms,
+        interpret=interpret,
+    )
+    return common.persistent(body, name="gdpa_dkv", out_type=[common.like(k), common.like(v)], scratch=scratch, sms=sms,
+                             interpret=interpret, operands=(*schedule, q, k, v, do))
+
+
+def dkv_scratch(dtype, panels: int, *, stages: int, interpret) -> dict:
+    buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
+    stream, held = (stages, panels, TILE, hopper.PANEL), (COMPUTE, 2, panels, TILE, hopper.PANEL)
+    return dict(
+        q_smem=buffer(stream), do_smem=buffer(stream), k_smem=buffer(held), v_smem=buffer(held),
+        q_full=plgpu.Barrier(num_arrivals=2 * panels, num_barriers=stages),
+        q_empty=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
+        kv_full=plgpu.Barrier(num_arrivals=2 * panels, num_barriers=COMPUTE * 2),
+        kv_empty=plgpu.Barrier(num_arrivals=1, num_barriers=COMPUTE * 2),
+        tail_zeroed=plgpu.Barrier(num_arrivals=COMPUTE),
+    )
+
+
+def _dkv(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, do_gmem, dk_gmem, dv_gmem, *, q_smem, do_smem,
+         k_smem, v_smem, q_full, q_empty, kv_full, kv_empty, tail_zeroed, activations, names, sms, interpret):
+    kv_heads, width = k_gmem.shape[1:]
+    group, panels, dtype = q_gmem.shape[1] // kv_heads, width // hopper.PANEL, q_gmem.dtype
+    stages, kv_slots = q_full.shape[0], 2
+    (q_tma, q_mma), (do_tma, do_mma), (k_tma, k_mma), (v_tma, v_mma) = (
+        hopper.row_views(x, interpret=interpret) for x in (q_smem, do_smem, k_smem, v_smem)
+    )
+    post, slope_post = common.posts(activations)
+    sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
+    my_items = dealt(counts_gmem[0] * kv_heads, sms, sm)
+    zero = jnp.int32(0)
+
+    def read_item(turn):
+        """(key row, keys, query row, query rows, head of k, query tiles of one head)."""
+        index = dealt_item(turn, sms, sm)
+        row = lax.div(index, kv_heads)
+        kv_row, kv_rows, q_row, q_rows = (items_gmem[row, c] for c in range(4))
+        return kv_row, kv_rows, q_row, q_rows, lax.rem(index, kv_heads), lax.div(q_rows + (TILE - 1), TILE)
+
+    def memory():
+        plgpu.set_max_registers(common.MEMORY_REGISTERS, action="decrease")
+
+        def load_item(turn, passed):
+            kv_row, _, q_row, _, kv_head, tiles = read_item(turn)
+            for w in range(COMPUTE):
+                slot = w * kv_slots + lax.rem(turn, kv_slots)
+
+                @pl.when(turn >= kv_slots)
+                def _(slot=slot):
+                    plgpu.barrier_wait(kv_empty.at[slot])
+
+                for p in range(panels):
+                    for source, target in ((k_gmem, k_tma), (v_gmem, v_tma)):
+                        rows = pl.ds(kv_row + w * TILE, TILE)
+                        plgpu.copy_gmem_to_smem(source.at[(rows, *common.panel_columns(kv_head, p))],
+                                                target.at[w, lax.rem(turn, kv_slots), p], kv_full.at[slot])
+
+            def load_head(g, passed):
+                def load_tile(t, _):
+                    slot = lax.rem(passed + t, stages)
+
+                    @pl.when(passed + t >= stages)
+                    def _():
+                        plgpu.barrier_wait(q_empty.at[slot])
+
+                    for p in range(panels):
+                        for source, target in ((q_gmem, q_tma), (do_gmem, do_tma)):
+                            rows = pl.ds(q_row + t * TILE, TILE)
+                            columns = common.panel_columns(kv_head * group + g, p)
+                            plgpu.copy_gmem_to_smem(source.at[(rows, *columns)], target.at[slot, p], q_full.at[slot])
+
+                lax.fori_loop(0, tiles, load_tile, None)
+                return passed + tiles
+
+            return lax.fori_loop(0, group, load_head, passed)
+
+        passed = lax.fori_loop(0, my_items, load_item, zero)
+        common.drain(passed, stages, lambda slot: q_empty.at[slot])
+        common.drain(my_items, kv_slots, *(lambda slot, w=w: kv_empty.at[w * kv_slots + slot] for w in range(COMPUTE)))
+
+    def compute():
+        plgpu.set_max_registers(common.COMPUTE_REGISTERS, action="increase")
+
+        def item_body(turn, passed):
+            kv_row, kv_rows, _, q_rows, kv_head, tiles = read_item(turn)
+            kv_slot = lax.rem(turn, kv_slots)
+            barrier = warpgroup * kv_slots + kv_slot
+            rows = jnp.clip(kv_rows - warpgroup * TILE, 0, TILE)
+            plgpu.barrier_wait(kv_full.at[barrier])
+
+            def await_tile(n, t):
+                """The slot of query tile t, its rows beyond the sample zeroed."""
+                slot = lax.rem(n, stages)
+                plgpu.barrier_wait(q_full.at[slot])
+                left = q_rows - t * TILE
+
+                @pl.when(left < TILE)
+                def _():
+                    for w, tensor in enumerate((q_mma, do_mma)):
+
+                        @pl.when(warpgroup == w)
+                        def _(tensor=tensor):
+                            common.zero_tail([tensor.at[slot, p] for p in range(panels)], left)
+
+                    common.meet(tail_zeroed)
+
+                return slot
+
+            def over_tiles(body):
+                """body(head, slot) for each query tile of each head of the group."""
+
+                def one_head(g, passed):
+                    def one_tile(t, _):
+                        slot = await_tile(passed + t, t)
+                        body(kv_head * group + g, slot)
+                        plgpu.barrier_arrive(q_empty.at[slot])
+
+                    lax.fori_loop(0, tiles, one_tile, None)
+                    return passed + tiles
+
+                lax.fori_loop(0, group, one_head, passed)
+
+            def active():
+                def accumulate(dk_acc, dv_acc):
+                    def step(head, slot):
+                        slot, w, at = common.hold(slot, warpgroup, kv_slot)
+
+                        def score_gradients(s_acc, dp_acc):
+                            for p in range(panels):
+                                plgpu.wgmma(s_acc, k_mma.at[w, at, p], q_mma.at[slot, p].transpose((1, 0)))
+                            for p in range(panels):
+                                plgpu.wgmma(dp_acc, v_mma.at[w, at, p], do_mma.at[slot, p].transpose((1, 0)))
+                            s = plgpu.wgmma_accumulator_load(s_acc, wait_n=panels)  # dP is still running
+                            weights, slopes = common.weights_and_slopes(activations, names, head, s, dtype)
+                            for p in range(panels):
+                                plgpu.wgmma(common.acc_panel(dv_acc, p, panels), weights, do_mma.at[slot, p])
+                            return slopes * plgpu.wgmma_accumulator_load(dp_acc, wait_n=panels)  # dV is running
+
+                        square = plgpu.ACC((TILE, TILE), jnp.float32)
+                        ds = pl.run_scoped(score_gradients, square, square).astype(dtype)
+                        for p in range(panels):
+                            plgpu.wgmma(common.acc_panel(dk_acc, p, panels), ds, q_mma.at[slot, p])
+                        plgpu.wgmma_wait(0)
+
+                    over_tiles(step)
+                    return dk_acc[...], dv_acc[...]
+
+                acc = plgpu.ACC((TILE, width), jnp.float32)
+                dk, dv = pl.run_scoped(accumulate, acc, acc)
+                # This warpgroup alone read these keys and values, so they make room for their gradients.
+                staging = (k_tma.at[warpgroup, kv_slot], v_tma.at[warpgroup, kv_slot])
+                for value, factor, target in ((dk, slope_post, staging[0]), (dv, post, staging[1])):
+                    common.stage(value, factor, target)
+                plgpu.commit_smem()
+                for source, target in zip(staging, (dk_gmem, dv_gmem), strict=True):
+                    common.store_tile(source, target, kv_row + warpgroup * TILE, kv_head, rows)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            lax.cond(rows > 0, active, lambda: over_tiles(lambda head, slot: None))
+            plgpu.barrier_arrive(kv_empty.at[barrier])
+            return passed + tiles * group
+
+        lax.fori_loop(0, my_items, item_body, zero)
+        plgpu.wait_smem_to_gmem(0)
+        # All items are done, and no copy into the first slots is under way.
+        common.fill_zeros(k_tma.at[warpgroup, 0, 0], fills_gmem, counts_gmem[1], (dk_gmem, dv_gmem),
+                          sm * COMPUTE + warpgroup, sms * COMPUTE)
+        plgpu.wait_smem_to_gmem(0)
+
+    lax.cond(warpgroup < COMPUTE, compute, memory)
+
+
+def gdpa_dq(q, k, v, do, schedule: Schedule, *, activation: tuple[str, ...], scale: float, post_scale: float, sms: int,
+            interpret=None):
+    """dq. The schedule is that of the queries, cut into chunks of any length: items are query row, query rows, key row,
+    key rows."""
+    scratch = dq_scratch(q.dtype, q.shape[2] // hopper.PANEL, interpret=interpret)
+    body = functools.partial(
+        _dq, activations=common.kernel_activations(activation, scale, post_scale, q.dtype), names=activation, sms=sms,
+        interpret=interpret,
+    )
+    return common.persistent(body, name="gdpa_dq", out_type=common.like(q), scratch=scratch, sms=sms,
+                             interpret=interpret, operands=(*schedule, q, k, v, do))
+
+
+def dq_scratch(dtype, panels: int, *, interpret) -> dict:
+    kv_slots, q_slots = (2, 1) if panels == 2 else (4, 2)
+    buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
+    held, stream = (COMPUTE, q_slots, panels, TILE, hopper.PANEL), (kv_slots, panels, KV_BLOCK, hopper.PANEL)
+    return dict(
+        q_smem=buffer(held), do_smem=buffer(held), k_smem=buffer(stream), v_smem=buffer(stream),
+        out_smem=hopper.store_buffer((COMPUTE, panels, TILE, hopper.PANEL), dtype),
+        q_full=plgpu.Barrier(num_arrivals=2 * panels, num_barriers=COMPUTE * q_slots),
+        q_empty=plgpu.Barrier(num_arrivals=1, num_barriers=COMPUTE * q_slots),
+        kv_full=plgpu.Barrier(num_arrivals=2 * panels, num_barriers=kv_slots),
+        kv_empty=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=kv_slots),
+        tail_zeroed=plgpu.Barrier(num_arrivals=COMPUTE),
+    )
+
+
+def _dq(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, do_gmem, dq_gmem, *, q_smem, do_smem, k_smem,
+        v_smem, out_smem, q_full, q_empty, kv_full, kv_empty, tail_zeroed, activations, names, sms, interpret):
+    heads, width = q_gmem.shape[1:]
+    group, panels, dtype = heads // k_gmem.shape[1], width // hopper.PANEL, q_gmem.dtype
+    kv_slots, q_slots = kv_full.shape[0], q_full.shape[0] // COMPUTE
+    (q_tma, q_mma), (do_tma, do_mma), (k_tma, k_mma), (v_tma, v_mma) = (
+        hopper.row_views(x, interpret=interpret) for x in (q_smem, do_smem, k_smem, v_smem)
+    )
+    _, slope_post = common.posts(activations)
+    sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
+    my_items = dealt(counts_gmem[0] * heads, sms, sm)
+    zero = jnp.int32(0)
+
+    def read_item(turn):
+        """(query row, query rows, key row, keys, head, pairs of query tiles, blocks of keys, do they stay)."""
+        index = dealt_item(turn, sms, sm)
+        row = lax.div(index, heads)
+        q_row, q_rows, kv_row, kv_rows = (items_gmem[row, c] for c in range(4))
+        pairs = lax.div(q_rows + (COMPUTE * TILE - 1), COMPUTE * TILE)
+        blocks = lax.div(kv_rows + (KV_BLOCK - 1), KV_BLOCK)
+        return q_row, q_rows, kv_row, kv_rows, lax.rem(index, heads), pairs, blocks, blocks <= kv_slots
+
+    def memory():
+        plgpu.set_max_registers(common.MEMORY_REGISTERS, action="decrease")
+
+        def load_item(turn, counters):
+            q_row, q_rows, kv_row, _, head, pairs, blocks, resident = read_item(turn)
+
+            def load_pair(pair, counters):
+                *q_counts, kv_count = counters
+                for w in range(COMPUTE):
+                    offset = (pair * COMPUTE + w) * TILE
+                    slot = lax.rem(q_counts[w], q_slots)
+
+                    @pl.when(offset < q_rows)
+                    def _(w=w, offset=offset, slot=slot, n=q_counts[w]):
+                        barrier = w * q_slots + slot
+
+                        @pl.when(n >= q_slots)
+                        def _():
+                            plgpu.barrier_wait(q_empty.at[barrier])
+
+                        for p in range(panels):
+                            for source, target in ((q_gmem, q_tma), (do_gmem, do_tma)):
+                                rows = pl.ds(q_row + offset, TILE)
+                                plgpu.copy_gmem_to_smem(source.at[(rows, *common.panel_columns(head, p))],
+                                                        target.at[w, slot, p], q_full.at[barrier])
+
+                    q_counts[w] += (offset < q_rows).astype(jnp.int32)
+
+                @pl.when((pair == 0) | ~resident)
+                def _():
+                    def load_block(j, _):
+                        slot = lax.rem(kv_count + j, kv_slots)
+
+                        @pl.when(kv_count + j >= kv_slots)
+                        def _():
+                            plgpu.barrier_wait(kv_empty.at[slot])
+
+                        for p in range(panels):
+                            for source, target in ((k_gmem, k_tma), (v_gmem, v_tma)):
+                                rows = pl.ds(kv_row + j * KV_BLOCK, KV_BLOCK)
+                                columns = common.panel_columns(lax.div(head, group), p)
+                                plgpu.copy_gmem_to_smem(source.at[(rows, *columns)], target.at[slot, p],
+                                                        kv_full.at[slot])
+
+                    lax.fori_loop(0, blocks, load_block, None)
+
+                last = (pair == pairs - 1) | ~resident
+                return *q_counts, jnp.where(last, kv_count + blocks, kv_count)
+
+            return lax.fori_loop(0, pairs, load_pair, counters)
+
+        *q_counts, kv_count = lax.fori_loop(0, my_items, load_item, (zero,) * (COMPUTE + 1))
+        for w, n in enumerate(q_counts):
+            common.drain(n, q_slots, lambda slot, w=w: q_empty.at[w * q_slots + slot])
+        common.drain(kv_count, kv_slots, lambda slot: kv_empty.at[slot])
+
+    def compute():
+        plgpu.set_max_registers(common.COMPUTE_REGISTERS, action="increase")
+
+        def zero_kv_tail(slot, left):
+            """Zero the rows of a block beyond the sample, one warpgroup K's and one V's."""
+
+            @pl.when(left < KV_BLOCK)
+            def _():
+                for half in range(KV_BLOCK // TILE):
+                    for w, tensor in enumerate((k_mma, v_mma)):
+
+                        @pl.when((warpgroup == w) & (left < TILE * (half + 1)))
+                        def _(half=half, tensor=tensor):
+                            rows = pl.ds(TILE * half, TILE)
+                            common.zero_tail([tensor.at[slot, p, rows] for p in range(panels)], left - TILE * half)
+
+                common.meet(tail_zeroed)
+
+        def item_body(turn, counters):
+            q_row, q_rows, _, kv_rows, head, pairs, blocks, resident = read_item(turn)
+
+            def pair_body(pair, counters):
+                q_count, kv_count = counters
+                offset = (pair * COMPUTE + warpgroup) * TILE
+                q_slot = lax.rem(q_count, q_slots)
+                q_barrier = warpgroup * q_slots + q_slot
+                first, last = (pair == 0) | ~resident, (pair == pairs - 1) | ~resident
+
+                def await_block(j):
+                    slot = lax.rem(kv_count + j, kv_slots)
+
+                    @pl.when(first)
+                    def _():
+                        plgpu.barrier_wait(kv_full.at[slot])
+                        zero_kv_tail(slot, kv_rows - j * KV_BLOCK)
+
+                    return slot
+
+                def release_block(slot):
+                    @pl.when(last)
+                    def _():
+                        plgpu.barrier_arrive(kv_empty.at[slot])
+
+                def active():
+                    plgpu.barrier_wait(q_full.at[q_barrier])
+
+                    def accumulate(dq_acc):
+                        def step(j, _):
+                            slot, w, at = common.hold(await_block(j), warpgroup, q_slot)
+
+                            def score_gradients(s_acc, dp_acc):
+                                for p in range(panels):
+                                    plgpu.wgmma(s_acc, q_mma.at[w, at, p], k_mma.at[slot, p].transpose((1, 0)))
+                                for p in range(panels):
+                                    plgpu.wgmma(dp_acc, do_mma.at[w, at, p], v_mma.at[slot, p].transpose((1, 0)))
+                                s = plgpu.wgmma_accumulator_load(s_acc, wait_n=panels)  # dP is still running
+                                _, slopes = common.weights_and_slopes(activations, names, head, s, dtype)
+                                return slopes * plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
+
+                            square = plgpu.ACC((TILE, KV_BLOCK), jnp.float32)
+                            ds = pl.run_scoped(score_gradients, square, square).astype(dtype)
+
+                            @pl.when(j == blocks - 1)
+                            def _():
+                                plgpu.barrier_arrive(q_empty.at[q_barrier])
+
+                            for p in range(panels):
+                                plgpu.wgmma(common.acc_panel(dq_acc, p, panels), ds, k_mma.at[slot, p])
+                            plgpu.wgmma_wait(0)
+                            release_block(slot)
+
+                        lax.fori_loop(0, blocks, step, None)
+                        return dq_acc[...]
+
+                    dq = pl.run_scoped(accumulate, plgpu.ACC((TILE, width), jnp.float32))
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    common.stage(dq, slope_post, out_smem.at[warpgroup])
+                    plgpu.commit_smem()
+                    common.store_tile(out_smem.at[warpgroup], dq_gmem, q_row + offset, head, q_rows - offset)
+
+                def idle():
+                    lax.fori_loop(0, blocks, lambda j, _: release_block(await_block(j)), None)
+
+                lax.cond(offset < q_rows, active, idle)
+                q_count += (offset < q_rows).astype(jnp.int32)
+                return q_count, jnp.where(last, kv_count + blocks, kv_count)
+
+            return lax.fori_loop(0, pairs, pair_body, counters)
+
+        lax.fori_loop(0, my_items, item_body, (zero, zero))
+        common.fill_zeros(out_smem.at[warpgroup, 0], fills_gmem, counts_gmem[1], (dq_gmem,),
+                          sm * COMPUTE + warpgroup, sms * COMPUTE)
+        plgpu.wait_smem_to_gmem(0)
+
+    lax.cond(warpgroup < COMPUTE, compute, memory)
