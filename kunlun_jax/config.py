@@ -110,6 +110,7 @@ class KunlunConfig:
             "interaction_hidden",
             "kron_rank",
         )
+        _one_of(self)
         if min(self.head_hidden, default=1) < 1:
             raise ValueError(f"head_hidden: every width must be at least 1, got {self.head_hidden}")
         for name, event in self.events.items():
@@ -213,6 +214,12 @@ def _at_least_one(config, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name}: must be at least 1, got {getattr(config, name)}")
+
+
+def _one_of(config) -> None:
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
+            raise ValueError(f"{name}: {getattr(config, name)!r} is unknown; choose from {get_args(hint)}")
 
 
 @dataclass(frozen=True)

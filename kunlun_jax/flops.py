@@ -127,9 +127,7 @@ def _wukong(config: KunlunConfig, inputs: int, outputs: int) -> float:
     token_maps = 2.0 * (m - n_f + m) * n * config.width
     machine = 2 * 2.0 * n * config.width * config.interaction_rank
     return config.experts * (
-        token_maps
-        + machine
-        + _mlp(n * config.interaction_rank, config.interaction_hidden, n_f * config.width)
+        token_maps + machine + _mlp(n * config.interaction_rank, config.interaction_hidden, n_f * config.width)
     )
 
 

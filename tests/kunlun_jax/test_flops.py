@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from batches import random_embedded, small_schema
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
@@ -22,7 +23,6 @@ from kunlun_jax.flops import (
 )
 from kunlun_jax.models.kunlun import Kunlun
 from kunlun_jax.schema import EventType, FeatureSchema, SparseField, Table
-from tests.kunlun_jax.batches import random_embedded, small_schema
 
 T = 9
 SCHEMA = small_schema(scope="candidate", tasks=("click", "buy"), max_length=T)

@@ -2,13 +2,13 @@
 
 import jax
 import numpy as np
+import plain
 import pytest
+from batches import random_sequence
 from flax import nnx
 
 from kunlun_jax.jagged import unpack
 from kunlun_jax.layers.attention import WindowAttention
-from tests.kunlun_jax.batches import random_sequence
-from tests.kunlun_jax.layers import plain
 
 WIDTH, HEAD, LENGTHS = 8, 4, [7, 0, 5, 2]
 

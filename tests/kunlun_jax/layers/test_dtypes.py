@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain
 import pytest
+from batches import random_sequence
 from flax import nnx
 
 from kunlun_jax.layers.attention import WindowAttention
@@ -11,8 +13,6 @@ from kunlun_jax.layers.gdpa import NaivePFFN, PersonalisedFFN
 from kunlun_jax.layers.mlp import MLP, MaskNet
 from kunlun_jax.layers.seed_pooling import HierarchicalSeedPooling, PooledMultiheadAttention
 from kunlun_jax.layers.wukong import WukongExperts
-from tests.kunlun_jax.batches import random_sequence
-from tests.kunlun_jax.layers import plain
 
 RNG = np.random.default_rng(0)
 LENGTHS, WIDTH, HEAD = [6, 0, 9], 16, 8

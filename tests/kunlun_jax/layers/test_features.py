@@ -1,15 +1,15 @@
 """Set tokens and event tokens equal their definitions: every field reaches its own token, by name and scope."""
 
 import numpy as np
+import plain
 import pytest
+from batches import random_embedded, small_schema
 from flax import nnx
 
 from kunlun_jax.jagged import unpack
 from kunlun_jax.layers.features import EventTokens, SetTokens, log_days
 from kunlun_jax.layers.mlp import MaskNet
 from kunlun_jax.schema import TIME_FIELDS
-from tests.kunlun_jax.batches import random_embedded, small_schema
-from tests.kunlun_jax.layers import plain
 
 SCHEMA = small_schema(scope="candidate")
 SAMPLES, REQUESTS, SHARDS, DENSE_TOKENS = 8, 4, 2, 2

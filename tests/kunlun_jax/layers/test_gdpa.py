@@ -1,13 +1,13 @@
 """Weight generation and both PFFNs equal their definitions, sample by sample."""
 
 import numpy as np
+import plain
 import pytest
+from batches import random_sequence
 from flax import nnx
 
 from kunlun_jax.jagged import unpack
 from kunlun_jax.layers.gdpa import NaivePFFN, PersonalisedFFN, WeightGeneration
-from tests.kunlun_jax.batches import random_sequence
-from tests.kunlun_jax.layers import plain
 
 TOKENS, WIDTH, F, EVENT, D = 5, 6, 7, 8, 4
 HEADS = EVENT // D

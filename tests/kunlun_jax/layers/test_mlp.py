@@ -1,10 +1,10 @@
 """MLP and MaskNet equal their formulas."""
 
 import numpy as np
+import plain
 from flax import nnx
 
 from kunlun_jax.layers.mlp import MLP, MaskNet
-from tests.kunlun_jax.layers import plain
 
 
 def test_mlp_is_linear_maps_with_silu_between():

@@ -1,14 +1,14 @@
 """ROTE: angles by the formula, only differences of positions count, and what each time source takes."""
 
 import numpy as np
+import plain
 import pytest
+from batches import random_sequence
 from flax import nnx
 
 from kunlun_jax.jagged import Jagged
 from kunlun_jax.layers.attention import WindowAttention
 from kunlun_jax.layers.rotary import rotary_angles
-from tests.kunlun_jax.batches import random_sequence
-from tests.kunlun_jax.layers import plain
 
 D, DAY = 6, 86_400.0
 

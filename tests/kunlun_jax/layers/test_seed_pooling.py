@@ -2,7 +2,9 @@
 
 import jax
 import numpy as np
+import plain
 import pytest
+from batches import random_sequence
 from flax import nnx
 
 from kunlun_jax.jagged import unpack
@@ -12,8 +14,6 @@ from kunlun_jax.layers.seed_pooling import (
     PooledMultiheadAttention,
     SumKronLinear,
 )
-from tests.kunlun_jax.batches import random_sequence
-from tests.kunlun_jax.layers import plain
 
 SEEDS, TOKENS, EVENT, HEAD, WIDTH, RANK = 7, 3, 8, 4, 6, 2
 LENGTHS = [5, 0, 1, 4]

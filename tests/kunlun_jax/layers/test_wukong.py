@@ -1,11 +1,11 @@
 """Wukong experts equal their formula expert by expert; how tokens are dealt; what is refused."""
 
 import numpy as np
+import plain
 import pytest
 from flax import nnx
 
 from kunlun_jax.layers.wukong import WukongExperts
-from tests.kunlun_jax.layers import plain
 
 WIDTH, RANK, HIDDEN, M = 5, 3, 7, 2
 
