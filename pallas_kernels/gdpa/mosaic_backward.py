@@ -32,11 +32,11 @@ def gdpa_backward(
     k: Float[Array, "Nkv K D"],
     v: Float[Array, "Nkv K D"],
     do: Float[Array, "Nq H D"],
-    *,
     q_starts: Int32[Array, " B"],
     q_lengths: Int32[Array, " B"],
     kv_starts: Int32[Array, " B"],
     kv_lengths: Int32[Array, " B"],
+    *,
     activation: tuple[str, ...],
     scale: float,
     post_scale: float,
@@ -53,11 +53,13 @@ def gdpa_backward(
     static = dict(activation=activation, scale=scale, post_scale=post_scale, sms=sms, interpret=interpret)
     queries, keys = (q_starts, q_lengths), (kv_starts, kv_lengths)
     do = do.astype(q.dtype)
+    if 0 in (max_q_length, max_kv_length):
+        return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v)
     if is_fused(samples=q_starts.shape[0], kv_heads=k.shape[1], max_kv_length=max_kv_length, sms=sms):
         by_key = make_schedule(*keys, *queries, rows=k.shape[0], max_q_length=max_kv_length)
         live = jnp.where(kv_lengths > 0, q_lengths, 0)
-        fills, count = row_fills(q_starts, live, q.shape[0])
-        return gdpa_fused_backward(q, k, v, do, by_key, (fills, count.reshape(1)), **static)
+        q_fills = row_fills(q_starts, live, q.shape[0])
+        return gdpa_fused_backward(q, k, v, do, by_key, q_fills, **static)
     chunk = _q_chunk(samples=q_starts.shape[0], heads=q.shape[1], max_q_length=max_q_length, sms=sms)
     by_query = make_schedule(*queries, *keys, rows=q.shape[0], max_q_length=max_q_length, q_chunk=chunk)
     by_key = make_schedule(*keys, *queries, rows=k.shape[0], max_q_length=max_kv_length, q_chunk=KV_BLOCK)

@@ -141,32 +141,53 @@ def load_rows(source_gmem, tile_tma, row, count, columns, barrier):
     lax.cond(count >= TILE, full, part)
 
 
-def fill_zeros(staging_tma, fills_gmem, fills, targets, worker, workers):
-    """Zero rows of `targets` [N, H, D] that no item writes; `staging_tma` [64, 64] is this warpgroup's own."""
+def fill_zeros(staging, staging_tma, fills_gmem, targets, worker, workers):
+    """Zero the rows of `targets` [N, H, D] that no item writes: gaps are dealt whole, the last one in tiles.
 
-    @pl.when(worker < fills)
-    def _():
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        zero = jnp.zeros(staging_tma.shape, staging_tma.dtype)
-        staging_tma[...] = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
-        plgpu.commit_smem()
-
+    staging, staging_tma: both views of a tile [64, 64] that is this warpgroup's own; every worker calls this.
+    """
     heads, width = targets[0].shape[1:]
+    gaps = fills_gmem.shape[0] - 1
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    zero = jnp.zeros((TILE, hopper.PANEL), staging.dtype)
+    staging[...] = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
+    plgpu.commit_smem()
 
-    def fill(turn, _):
-        row, rows = (fills_gmem[turn * workers + worker, c] for c in range(2))
-
-        def piece(i, _):
-            at = lax.div(i, heads) * TILE
-            count = jnp.minimum(rows - at, TILE)
+    def fill(row, count):
+        def one_head(head, _):
             for target in targets:
                 for p in range(width // hopper.PANEL):
-                    hopper.store_rows(staging_tma, target, row + at, count, panel_columns(lax.rem(i, heads), p))
+                    hopper.store_rows(staging_tma, target, row, jnp.minimum(count, TILE), panel_columns(head, p))
 
-        lax.fori_loop(0, lax.div(rows + (TILE - 1), TILE) * heads, piece, None)
-        plgpu.commit_smem_to_gmem_group()
+        lax.fori_loop(0, heads, one_head, None)
 
-    lax.fori_loop(0, lax.div(fills - worker + (workers - 1), workers), fill, None)
+    def gap(turn, _):
+        row, rows = (fills_gmem[turn * workers + worker, c] for c in range(2))
+        lax.fori_loop(0, tiles_of(rows), lambda i, _: fill(row + i * TILE, rows - i * TILE), None)
+
+    lax.fori_loop(0, turns(gaps, worker, workers), gap, None)
+    row, rows = (fills_gmem[gaps, c] for c in range(2))
+
+    def last(turn, _):
+        at = (turn * workers + worker) * TILE
+        fill(row + at, rows - at)
+
+    lax.fori_loop(0, turns(tiles_of(rows), worker, workers), last, None)
+    plgpu.commit_smem_to_gmem_group()
+
+
+def turns(total, worker, workers: int):
+    """How many of `total` things a worker gets when they are dealt one by one."""
+    return lax.div(total - worker + (workers - 1), jnp.int32(workers))
+
+
+def tiles_of(rows):
+    return lax.div(rows + (TILE - 1), jnp.int32(TILE))
+
+
+def modulo(n, slots: int):
+    """n % slots for n >= 0 and a power of two, in one instruction."""
+    return n & (slots - 1)
 
 
 def drain(count, slots: int, *barriers):
@@ -177,7 +198,7 @@ def drain(count, slots: int, *barriers):
 
     def wait(n, _):
         for barrier in barriers:
-            plgpu.barrier_wait(barrier(lax.rem(n, slots)))
+            plgpu.barrier_wait(barrier(modulo(n, slots)))
 
     lax.fori_loop(jnp.maximum(count - slots, 0), count, wait, None)
 

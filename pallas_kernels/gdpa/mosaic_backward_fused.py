@@ -2,8 +2,8 @@
 
 One block holds 128 keys and values of an item in shared memory, and their gradients in registers, while the item's
 queries pass: the scores and the gradients of the scores are computed once, where two kernels compute them twice. A
-compute warpgroup owns 64 of the keys. It writes its part of dSᵀ to shared memory, and the tiles of dq = dS·K are dealt to
-the two warpgroups in turn, one tile late, so that neither waits for the other in every step.
+compute warpgroup owns 64 of the keys. It writes its part of dSᵀ to shared memory, and the tiles of dq = dS·K are dealt
+to the two warpgroups in turn, one tile late, so that neither waits for the other in every step.
 
 Longer spans of keys take several passes over the queries. Each pass adds to the dq that the one before it stored; that
 stays in L2 and takes no extra memory, but it rounds dq once more per pass, so it is for two passes.
@@ -31,14 +31,14 @@ STAGES, DS_SLOTS = 2, 4  # tiles of queries, and of dS, in shared memory
 def gdpa_fused_backward(q, k, v, do, schedule: Schedule, q_fills, *, activation: tuple[str, ...], scale: float,
                         post_scale: float, sms: int, interpret=None):
     """(dq, dk, dv). The schedule is that of the keys in whole samples: items are key row, key rows, query row, query
-    rows. q_fills: ([Z, 2] row, rows; [1] their number) of the rows of dq that no item writes."""
+    rows. q_fills: `row_fills` of the rows of dq that no item writes."""
     scratch = fused_scratch(q.dtype, q.shape[2] // hopper.PANEL, interpret=interpret)
     body = functools.partial(
         _fused, activations=common.kernel_activations(activation, scale, post_scale, q.dtype), names=activation,
         sms=sms, interpret=interpret,
     )
     return common.persistent(body, name="gdpa_backward", out_type=[common.like(x) for x in (q, k, v)], scratch=scratch,
-                             sms=sms, interpret=interpret, operands=(*schedule, *q_fills, q, k, v, do))
+                             sms=sms, interpret=interpret, operands=(*schedule, q_fills, q, k, v, do))
 
 
 def fused_scratch(dtype, panels: int, *, interpret) -> dict:
@@ -60,8 +60,8 @@ def fused_scratch(dtype, panels: int, *, interpret) -> dict:
     )
 
 
-def _fused(items_gmem, kv_fills_gmem, counts_gmem, q_fills_gmem, q_fill_count_gmem, q_gmem, k_gmem, v_gmem, do_gmem,
-           dq_gmem, dk_gmem, dv_gmem, *, q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, q_full, q_empty, kv_full,
+def _fused(items_gmem, kv_fills_gmem, counts_gmem, q_fills_gmem, q_gmem, k_gmem, v_gmem, do_gmem, dq_gmem, dk_gmem,
+           dv_gmem, *, q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, q_full, q_empty, kv_full,
            kv_empty, ds_full, ds_empty, dq_full, dq_empty, pass_stored, tail_zeroed, activations, names, sms,
            interpret):
     kv_heads, width = k_gmem.shape[1:]
@@ -78,7 +78,7 @@ def _fused(items_gmem, kv_fills_gmem, counts_gmem, q_fills_gmem, q_fill_count_gm
         index = dealt_item(turn, sms, sm)
         row = lax.div(index, kv_heads)
         kv_row, kv_rows, q_row, q_rows = (items_gmem[row, c] for c in range(4))
-        return kv_row, kv_rows, q_row, q_rows, lax.rem(index, kv_heads), lax.div(q_rows + (TILE - 1), TILE)
+        return kv_row, kv_rows, q_row, q_rows, lax.rem(index, kv_heads), common.tiles_of(q_rows)
 
     def passes(kv_rows):
         return lax.div(kv_rows + (KEYS - 1), KEYS)
@@ -105,7 +105,7 @@ def _fused(items_gmem, kv_fills_gmem, counts_gmem, q_fills_gmem, q_fill_count_gm
 
                 def load_tile(n, _):
                     g, t = group_and_tile(n - passed, tiles)
-                    slot, row, head = lax.rem(n, STAGES), q_row + t * TILE, kv_head * group + g
+                    slot, row, head = common.modulo(n, STAGES), q_row + t * TILE, kv_head * group + g
 
                     @pl.when(n >= STAGES)
                     def _():
@@ -126,7 +126,7 @@ def _fused(items_gmem, kv_fills_gmem, counts_gmem, q_fills_gmem, q_fill_count_gm
             return lax.fori_loop(0, passes(kv_rows), load_pass, counters)
 
         def load_stored_dq(n, index, row, left, head):
-            w = lax.rem(n, COMPUTE)
+            w = common.modulo(n, COMPUTE)
 
             @pl.when(index == 0)
             def _():
@@ -194,10 +194,10 @@ def _fused(items_gmem, kv_fills_gmem, counts_gmem, q_fills_gmem, q_fill_count_gm
 
             def dq_tile(n):
                 """dq of tile n, if it is this warpgroup's turn."""
-                slot, w, first = common.hold(lax.rem(n, DS_SLOTS), warpgroup, zero)
+                slot, w, first = common.hold(common.modulo(n, DS_SLOTS), warpgroup, zero)
                 plgpu.barrier_wait(ds_full.at[slot])
 
-                @pl.when(lax.rem(n, COMPUTE) == w)
+                @pl.when(common.modulo(n, COMPUTE) == w)
                 def _():
                     def product(acc):
                         for half in range(COMPUTE):
@@ -240,15 +240,15 @@ def _fused(items_gmem, kv_fills_gmem, counts_gmem, q_fills_gmem, q_fill_count_gm
             def release_ds(n):
                 """The copy from the slot of tile n, staged by this warpgroup, is done."""
 
-                @pl.when((n >= passed) & (lax.rem(n, COMPUTE) == warpgroup))
+                @pl.when((n >= passed) & (common.modulo(n, COMPUTE) == warpgroup))
                 def _():
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    plgpu.barrier_arrive(ds_empty.at[lax.rem(n, DS_SLOTS)])
+                    plgpu.barrier_arrive(ds_empty.at[common.modulo(n, DS_SLOTS)])
 
             def accumulate(dk_acc, dv_acc):
                 def step(n, _):
                     g, t = group_and_tile(n - passed, tiles)
-                    slot, ds_slot, w = common.hold(lax.rem(n, STAGES), lax.rem(n, DS_SLOTS), warpgroup)
+                    slot, ds_slot, w = common.hold(common.modulo(n, STAGES), common.modulo(n, DS_SLOTS), warpgroup)
                     plgpu.barrier_wait(q_full.at[slot])
                     zero_q_tail(slot, q_rows - t * TILE)
 
@@ -313,9 +313,8 @@ def _fused(items_gmem, kv_fills_gmem, counts_gmem, q_fills_gmem, q_fill_count_gm
         passed = lax.fori_loop(0, my_items, item_body, zero)
         common.drain(passed, DS_SLOTS, lambda slot: ds_empty.at[slot])
         worker, workers = sm * COMPUTE + warpgroup, sms * COMPUTE
-        for fills, count, targets in ((q_fills_gmem, q_fill_count_gmem[0], (dq_gmem,)),
-                                      (kv_fills_gmem, counts_gmem[1], (dk_gmem, dv_gmem))):
-            common.fill_zeros(dq_tma.at[warpgroup, 0], fills, count, targets, worker, workers)
+        for fills, targets in ((q_fills_gmem, (dq_gmem,)), (kv_fills_gmem, (dk_gmem, dv_gmem))):
+            common.fill_zeros(dq_mma.at[warpgroup, 0], dq_tma.at[warpgroup, 0], fills, targets, worker, workers)
         plgpu.wait_smem_to_gmem(0)
 
     lax.cond(warpgroup < COMPUTE, compute, memory)

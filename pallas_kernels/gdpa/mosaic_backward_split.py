@@ -72,7 +72,7 @@ def _dkv(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, do_gmem, d
         index = dealt_item(turn, sms, sm)
         row = lax.div(index, kv_heads)
         kv_row, kv_rows, q_row, q_rows = (items_gmem[row, c] for c in range(4))
-        return kv_row, kv_rows, q_row, q_rows, lax.rem(index, kv_heads), lax.div(q_rows + (TILE - 1), TILE)
+        return kv_row, kv_rows, q_row, q_rows, lax.rem(index, kv_heads), common.tiles_of(q_rows)
 
     def memory():
         plgpu.set_max_registers(common.MEMORY_REGISTERS, action="decrease")
@@ -80,7 +80,7 @@ def _dkv(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, do_gmem, d
         def load_item(turn, passed):
             kv_row, _, q_row, _, kv_head, tiles = read_item(turn)
             for w in range(COMPUTE):
-                slot = w * kv_slots + lax.rem(turn, kv_slots)
+                slot = w * kv_slots + common.modulo(turn, kv_slots)
 
                 @pl.when(turn >= kv_slots)
                 def _(slot=slot):
@@ -90,11 +90,11 @@ def _dkv(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, do_gmem, d
                     for source, target in ((k_gmem, k_tma), (v_gmem, v_tma)):
                         rows = pl.ds(kv_row + w * TILE, TILE)
                         plgpu.copy_gmem_to_smem(source.at[(rows, *common.panel_columns(kv_head, p))],
-                                                target.at[w, lax.rem(turn, kv_slots), p], kv_full.at[slot])
+                                                target.at[w, common.modulo(turn, kv_slots), p], kv_full.at[slot])
 
             def load_head(g, passed):
                 def load_tile(t, _):
-                    slot = lax.rem(passed + t, stages)
+                    slot = common.modulo(passed + t, stages)
 
                     @pl.when(passed + t >= stages)
                     def _():
@@ -120,14 +120,14 @@ def _dkv(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, do_gmem, d
 
         def item_body(turn, passed):
             kv_row, kv_rows, _, q_rows, kv_head, tiles = read_item(turn)
-            kv_slot = lax.rem(turn, kv_slots)
+            kv_slot = common.modulo(turn, kv_slots)
             barrier = warpgroup * kv_slots + kv_slot
             rows = jnp.clip(kv_rows - warpgroup * TILE, 0, TILE)
             plgpu.barrier_wait(kv_full.at[barrier])
 
             def await_tile(n, t):
                 """The slot of query tile t, its rows beyond the sample zeroed."""
-                slot = lax.rem(n, stages)
+                slot = common.modulo(n, stages)
                 plgpu.barrier_wait(q_full.at[slot])
                 left = q_rows - t * TILE
 
@@ -200,7 +200,7 @@ def _dkv(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, do_gmem, d
         lax.fori_loop(0, my_items, item_body, zero)
         plgpu.wait_smem_to_gmem(0)
         # All items are done, and no copy into the first slots is under way.
-        common.fill_zeros(k_tma.at[warpgroup, 0, 0], fills_gmem, counts_gmem[1], (dk_gmem, dv_gmem),
+        common.fill_zeros(k_mma.at[warpgroup, 0, 0], k_tma.at[warpgroup, 0, 0], fills_gmem, (dk_gmem, dv_gmem),
                           sm * COMPUTE + warpgroup, sms * COMPUTE)
         plgpu.wait_smem_to_gmem(0)
 
@@ -267,7 +267,7 @@ def _dq(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, do_gmem, dq
                 *q_counts, kv_count = counters
                 for w in range(COMPUTE):
                     offset = (pair * COMPUTE + w) * TILE
-                    slot = lax.rem(q_counts[w], q_slots)
+                    slot = common.modulo(q_counts[w], q_slots)
 
                     @pl.when(offset < q_rows)
                     def _(w=w, offset=offset, slot=slot, n=q_counts[w]):
@@ -288,7 +288,7 @@ def _dq(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, do_gmem, dq
                 @pl.when((pair == 0) | ~resident)
                 def _():
                     def load_block(j, _):
-                        slot = lax.rem(kv_count + j, kv_slots)
+                        slot = common.modulo(kv_count + j, kv_slots)
 
                         @pl.when(kv_count + j >= kv_slots)
                         def _():
@@ -337,12 +337,12 @@ def _dq(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, do_gmem, dq
             def pair_body(pair, counters):
                 q_count, kv_count = counters
                 offset = (pair * COMPUTE + warpgroup) * TILE
-                q_slot = lax.rem(q_count, q_slots)
+                q_slot = common.modulo(q_count, q_slots)
                 q_barrier = warpgroup * q_slots + q_slot
                 first, last = (pair == 0) | ~resident, (pair == pairs - 1) | ~resident
 
                 def await_block(j):
-                    slot = lax.rem(kv_count + j, kv_slots)
+                    slot = common.modulo(kv_count + j, kv_slots)
 
                     @pl.when(first)
                     def _():
@@ -403,8 +403,8 @@ def _dq(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, do_gmem, dq
             return lax.fori_loop(0, pairs, pair_body, counters)
 
         lax.fori_loop(0, my_items, item_body, (zero, zero))
-        common.fill_zeros(out_smem.at[warpgroup, 0], fills_gmem, counts_gmem[1], (dq_gmem,),
-                          sm * COMPUTE + warpgroup, sms * COMPUTE)
+        out = out_smem.at[warpgroup, 0]
+        common.fill_zeros(out, out, fills_gmem, (dq_gmem,), sm * COMPUTE + warpgroup, sms * COMPUTE)
         plgpu.wait_smem_to_gmem(0)
 
     lax.cond(warpgroup < COMPUTE, compute, memory)
