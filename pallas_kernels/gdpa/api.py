@@ -14,6 +14,7 @@ GDPA = (
     Implementation("reference", reference.reference, reference.unsupported, by_default=False),
 )
 GDPA_BLOCK = (
+    Implementation("mosaic_gpu", block.mosaic_gpu, mosaic.unsupported),
     Implementation("xla", block.xla, xla.unsupported),
     Implementation("reference", block.reference, reference.unsupported, by_default=False),
 )

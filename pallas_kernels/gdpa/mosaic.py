@@ -1,7 +1,6 @@
 """GDPA on Hopper: ties the forward and the backward kernel together."""
 
 import functools
-import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -9,17 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper
-from pallas_kernels.dispatch import SlowerPathWarning
-from pallas_kernels.gdpa import xla
+from pallas_kernels.gdpa import mosaic_backward, xla
 from pallas_kernels.gdpa.mosaic_forward import gdpa_forward
 from pallas_kernels.gdpa.schedule import make_schedule
 from pallas_kernels.gdpa.tiles import forward_tiles
 from pallas_kernels.jagged import vary_together
-
-try:
-    from pallas_kernels.gdpa import mosaic_backward
-except ImportError:
-    mosaic_backward = None
 
 
 class Static(NamedTuple):
@@ -36,7 +29,7 @@ class Static(NamedTuple):
 
 def unsupported(q, k, v, *spans, **static) -> str | None:
     """Why the Hopper kernels can't run this call, or None."""
-    return hopper.unsupported_device() or hopper.unsupported_operands(q=q, k=k)
+    return hopper.unsupported_device() or hopper.unsupported_operands(q=q, k=k, v=v)
 
 
 def mosaic_gpu(q, k, v, q_starts, q_lengths, kv_starts, kv_lengths, *, max_q_length, max_kv_length, activation, scale,
@@ -73,11 +66,9 @@ def _gdpa_fwd(static, *operands):
 
 def _gdpa_bwd(static: Static, operands, do):
     q, k, v, *spans = operands
+    if 0 in (static.max_q_length, static.max_kv_length):
+        return *map(jnp.zeros_like, (q, k, v)), *(None,) * 4
     by_xla = functools.partial(xla.backward, xla.Static(*static[:5]))
-    if mosaic_backward is None:
-        warnings.warn("gdpa: the gradient runs on 'xla': the Hopper kernel for it is not there", SlowerPathWarning,
-                      stacklevel=2)
-        return *by_xla(q, k, v, do, *spans), *(None,) * 4
 
     def by_kernel(q, k, v, do, *spans):
         grads = mosaic_backward.gdpa_backward(q, k, v, do, *spans, **static._asdict())

@@ -15,7 +15,7 @@ Limits: bfloat16 and float16, D 64 and 128, arrays of at least 128 rows.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -32,19 +32,20 @@ from pallas_kernels.gdpa.tiles import WARPGROUP_ROWS, ForwardTiles
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
 
 
-class Place(NamedTuple):
-    """Where a compute warpgroup is."""
+class Step(NamedTuple):
+    """The scores of one query tile with one block of keys, as a compute warpgroup sees them."""
 
-    item: tuple
-    q_count: jax.Array  # query tiles before this item
-    kv_count: jax.Array  # key blocks before this item
-    tile: jax.Array  # query tile of the item
-    block: jax.Array  # key block of the item
+    q_number: jax.Array  # query tiles before it
+    kv_number: jax.Array  # key blocks before it, in the order of the slots
+    tile_begins: Any  # first block of keys for the tile
+    last_pass: Any  # no tile after it needs the block of keys
+    first_pass: Any  # no tile before it needed the block of keys
+    tile_ends: Any  # last block of keys for the tile
 
 
 def gdpa_forward(q, k, v, schedule: Schedule, *, activation: tuple[str, ...], scale: float, post_scale: float,
                  tiles: ForwardTiles, sms: int, interpret=None):
-    """out [N, H, D] of `gdpa`; the schedule is `make_schedule`'s for tiles.q_chunk. sms: blocks of the grid."""
+    """out [N, H, D] of `gdpa`. The schedule is `make_schedule`'s for tiles.q_chunk. sms: blocks of the grid."""
     panels = q.shape[2] // hopper.PANEL
     scratch = forward_scratch(q.dtype, panels, tiles, interpret=interpret)
     if (used := hopper.shared_bytes(scratch)) > hopper.SHARED_MEMORY:
@@ -116,7 +117,7 @@ def _kernel(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, out_gme
 
     def extent(item):
         """Query tiles and key blocks of an item."""
-        return lax.div(item[1] + (tiles.q_rows - 1), tiles.q_rows), lax.div(item[3] + (block - 1), block)
+        return _blocks(item[1], tiles.q_rows), _blocks(item[3], block)
 
     def kv_loads(item):
         """How many blocks of keys the item passes through the slots."""
@@ -124,10 +125,10 @@ def _kernel(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, out_gme
         return blocks if tiles.resident else q_tiles * blocks
 
     def q_slot(n):
-        return lax.rem(n, tiles.q_slots)
+        return _modulo(n, tiles.q_slots)
 
     def kv_slot(n):
-        return lax.rem(n, tiles.kv_slots)
+        return _modulo(n, tiles.kv_slots)
 
     def columns(head, p):
         return head, pl.ds(hopper.PANEL * p, hopper.PANEL)
@@ -223,17 +224,20 @@ def _kernel(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, out_gme
         @pl.when(my_items > 0)
         def _():
             zero = jnp.int32(0)
-            first = Place(read_item(zero), zero, zero, zero, zero)
+            item = read_item(zero)
+            q_tiles, blocks = extent(item)
+            first = Step(zero, zero, True, q_tiles == 1 if tiles.resident else True, True, blocks == 1)
 
             def scores_alone(acc):
                 issue_scores(acc, first, True)
                 return acc[...]
 
-            weights = weigh(pl.run_scoped(scores_alone, score_type), first)
+            s = pl.run_scoped(scores_alone, score_type)
             release_scores(first, True)
+            weights = weigh(s, item, zero).astype(dtype)
 
             def all_items(out_acc):
-                lax.fori_loop(0, my_items, functools.partial(attend, out_acc), (first.item, zero, zero, weights))
+                lax.fori_loop(0, my_items, functools.partial(attend, out_acc), (item, zero, zero, weights))
 
             pl.run_scoped(all_items, plgpu.ACC((WARPGROUP_ROWS, width), jnp.float32))
 
@@ -242,49 +246,36 @@ def _kernel(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, out_gme
 
     score_type = plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32)
 
-    def first_pass(at):
-        return at.tile == 0 if tiles.resident else jnp.bool_(True)
-
-    def last_pass(at):
-        return at.tile == extent(at.item)[0] - 1 if tiles.resident else jnp.bool_(True)
-
-    def kv_number(at):
-        return at.kv_count + (at.block if tiles.resident else at.tile * extent(at.item)[1] + at.block)
+    def when(condition, do):
+        if isinstance(condition, bool):
+            if condition:
+                do()
+        else:
+            pl.when(condition)(do)
 
     def issue_scores(acc, at, live):
         """Start s = Q Kᵀ; not live: of whatever is in the slots."""
-        q_at, kv_at = q_slot(at.q_count + at.tile), kv_slot(kv_number(at))
-
-        @pl.when(live & (at.block == 0))
-        def _():
-            plgpu.barrier_wait(q_full.at[q_at])
-
-        @pl.when(live & first_pass(at))
-        def _():
-            plgpu.barrier_wait(k_full.at[kv_at])
-
+        q_at, kv_at = q_slot(at.q_number), kv_slot(at.kv_number)
+        when(live & at.tile_begins, lambda: plgpu.barrier_wait(q_full.at[q_at]))
+        when(live & at.first_pass, lambda: plgpu.barrier_wait(k_full.at[kv_at]))
         for p in range(panels):
             plgpu.wgmma(acc, q_mma.at[q_at, warpgroup, p], k_mma.at[kv_at, p].transpose((1, 0)))
 
     def release_scores(at, live):
-        @pl.when(live & (at.block == extent(at.item)[1] - 1))
-        def _():
-            plgpu.barrier_arrive(q_empty.at[q_slot(at.q_count + at.tile)])
+        when(live & at.tile_ends, lambda: plgpu.barrier_arrive(q_empty.at[q_slot(at.q_number)]))
+        when(live & at.last_pass, lambda: plgpu.barrier_arrive(k_empty.at[kv_slot(at.kv_number)]))
 
-        @pl.when(live & last_pass(at))
-        def _():
-            plgpu.barrier_arrive(k_empty.at[kv_slot(kv_number(at))])
-
-    def weigh(s, at):
+    def weigh(s, item, j):
         """Weights from raw scores; a sample's end is cut off, K may hold anything behind it."""
-        keys = at.item[3] - at.block * block
+        keys = item[3] - j * block
 
         def masked(weights):
             column = plgpu.broadcasted_iota(jnp.int32, weights.shape, 1, layout=plgpu.Layout.WGMMA)
             return jnp.where(column < keys, weights, 0.0)
 
-        weights = by_head(at.item[4], [act.weight for act in acts], s)
-        return lax.cond(keys < block, masked, lambda weights: weights, weights).astype(dtype)
+        weights = by_head(item[4], [act.weight for act in acts], s)
+        # The branch is wanted: it keeps ptxas from moving the activation behind the wait for the running product.
+        return lax.cond(keys < block, masked, lambda weights: weights, weights)
 
     def attend(out_acc, turn, carry):
         """All steps of one item; leaves the weights of the next item's first step."""
@@ -292,27 +283,29 @@ def _kernel(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, out_gme
         q_tiles, blocks = extent(item)
         another = turn + 1 < my_items
         item_next = read_item(jnp.where(another, turn + 1, turn))
-        q_count_next, kv_count_next = q_count + q_tiles, kv_count + kv_loads(item)
+        q_tiles_next, blocks_next = extent(item_next)
+        kv_count_next = kv_count + kv_loads(item)
 
         def step(_, carry):
             """O += P V of this step beside the scores of the next."""
-            weights, t, j = carry
-            at = Place(item, q_count, kv_count, t, j)
+            weights, t, j, kv_number = carry
             tile_ends = j + 1 == blocks
             t_next, j_next = jnp.where(tile_ends, t + 1, t), jnp.where(tile_ends, 0, j + 1)
             inside = t_next < q_tiles
-
-            def pick(a, b):
-                return jnp.where(inside, a, b)
-
-            following = Place(tuple(map(pick, item, item_next)), pick(q_count, q_count_next),
-                              pick(kv_count, kv_count_next), pick(t_next, 0), j_next)
+            if tiles.resident:
+                first_pass, last_pass = t == 0, t == q_tiles - 1
+                following = Step(
+                    q_count + t_next, jnp.where(inside, kv_count, kv_count_next) + j_next, tile_ends,
+                    jnp.where(inside, t_next == q_tiles - 1, q_tiles_next == 1), (t_next == 0) | ~inside,
+                    j_next + 1 == jnp.where(inside, blocks, blocks_next),
+                )
+            else:
+                first_pass = last_pass = True
+                following = Step(q_count + t_next, kv_number + 1, tile_ends, True, True,
+                                 j_next + 1 == jnp.where(inside, blocks, blocks_next))
             live = inside | another
-            v_at = kv_slot(kv_number(at))
-
-            @pl.when(first_pass(at))
-            def _():
-                plgpu.barrier_wait(v_full.at[v_at])
+            v_at = kv_slot(kv_number)
+            when(first_pass, lambda: plgpu.barrier_wait(v_full.at[v_at]))
 
             def both(acc):
                 issue_scores(acc, following, live)
@@ -322,30 +315,30 @@ def _kernel(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, out_gme
 
             s = pl.run_scoped(both, score_type)
             release_scores(following, live)
-            weights_next = weigh(s, following)
+            item_of_scores = tuple(jnp.where(inside, a, b) for a, b in zip(item, item_next, strict=True))
+            weights_next = weigh(s, item_of_scores, j_next)
             plgpu.wgmma_wait(0)
-
-            @pl.when(last_pass(at))
-            def _():
-                plgpu.barrier_arrive(v_empty.at[v_at])
-
+            when(last_pass, lambda: plgpu.barrier_arrive(v_empty.at[v_at]))
             out = plgpu.wgmma_accumulator_load(out_acc, wait_n=None)
-            wgmma_accumulator_store(out_acc, lax.cond(tile_ends, functools.partial(store, at=at), lambda o: o, out))
-            return weights_next, t_next, j_next
+            out = lax.cond(tile_ends, functools.partial(store, item=item, tile=t), lambda o: o, out)
+            wgmma_accumulator_store(out_acc, out)
+            # Narrow only now: narrow weights that are ready before the wait would be put into the registers of the
+            # running product's operand, and ptxas would serialise the products.
+            return weights_next.astype(dtype), t_next, j_next, following.kv_number
 
         zero = jnp.int32(0)
-        weights, *_ = lax.fori_loop(0, q_tiles * blocks, step, (weights, zero, zero))
-        return item_next, q_count_next, kv_count_next, weights
+        weights, *_ = lax.fori_loop(0, q_tiles * blocks, step, (weights, zero, zero, kv_count))
+        return item_next, q_count + q_tiles, kv_count_next, weights
 
-    def store(out, at):
+    def store(out, *, item, tile):
         """Write a finished tile; returns the zeros that the next one starts from."""
-        q_row, q_rows, _, _, head = at.item
+        q_row, q_rows, _, _, head = item
         post = by_head(head, [lambda _, post=act.post: jnp.float32(post) for act in acts], head)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for p in range(panels):
             out_smem[warpgroup, p] = (out[:, hopper.PANEL * p : hopper.PANEL * (p + 1)] * post).astype(dtype)
         plgpu.commit_smem()
-        offset = at.tile * tiles.q_rows + warpgroup * WARPGROUP_ROWS
+        offset = tile * tiles.q_rows + warpgroup * WARPGROUP_ROWS
         count = jnp.clip(q_rows - offset, 0, WARPGROUP_ROWS)
         for p in range(panels):
             hopper.store_rows(out_smem.at[warpgroup, p], out_gmem, q_row + offset, count, columns(head, p))
@@ -353,33 +346,49 @@ def _kernel(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, out_gme
         return plgpu.layout_cast(jnp.zeros_like(out), plgpu.Layout.WGMMA)
 
     def fill_zeros():
-        """Zero the rows of the output that belong to no item."""
-        fills = counts_gmem[1]
+        """Zero the rows of the output that belong to no item: gaps are dealt whole, the last one in pieces."""
+        gaps = fills_gmem.shape[0] - 1
         worker, workers = sm * tiles.compute + warpgroup, sms * tiles.compute
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        out_smem[warpgroup, 0] = plgpu.layout_cast(
+            jnp.zeros((WARPGROUP_ROWS, hopper.PANEL), dtype), plgpu.Layout.WGMMA
+        )
+        plgpu.commit_smem()
 
-        @pl.when(worker < fills)
-        def _():
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            zero = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, hopper.PANEL), dtype), plgpu.Layout.WGMMA)
-            out_smem[warpgroup, 0] = zero
-            plgpu.commit_smem()
+        def fill(row, count):
+            def one_head(head, _):
+                for p in range(panels):
+                    hopper.store_rows(out_smem.at[warpgroup, 0], out_gmem, row, count, columns(head, p))
 
-        def fill(turn, _):
-            index = turn * workers + worker
-            row, rows = fills_gmem[index, 0], fills_gmem[index, 1]
+            lax.fori_loop(0, heads, one_head, None)
+
+        def gap(i, _):
+            row, rows = fills_gmem[i * workers + worker, 0], fills_gmem[i * workers + worker, 1]
 
             def piece(i, _):
-                at = lax.div(i, heads) * WARPGROUP_ROWS
-                count = jnp.minimum(rows - at, WARPGROUP_ROWS)
-                for p in range(panels):
-                    hopper.store_rows(out_smem.at[warpgroup, 0], out_gmem, row + at, count,
-                                      columns(lax.rem(i, heads), p))
+                fill(row + i * WARPGROUP_ROWS, jnp.minimum(rows - i * WARPGROUP_ROWS, WARPGROUP_ROWS))
 
-            lax.fori_loop(0, lax.div(rows + WARPGROUP_ROWS - 1, WARPGROUP_ROWS) * heads, piece, None)
-            plgpu.commit_smem_to_gmem_group()
+            lax.fori_loop(0, _blocks(rows, WARPGROUP_ROWS), piece, None)
 
-        lax.fori_loop(0, lax.div(fills - worker + workers - 1, workers), fill, None)
+        lax.fori_loop(0, lax.div(gaps - worker + workers - 1, jnp.int32(workers)), gap, None)
+        row, rows = fills_gmem[gaps, 0], fills_gmem[gaps, 1]
+
+        def last(i, _):
+            at = (i * workers + worker) * WARPGROUP_ROWS
+            fill(row + at, jnp.minimum(rows - at, WARPGROUP_ROWS))
+
+        pieces = _blocks(rows, WARPGROUP_ROWS)
+        lax.fori_loop(0, lax.div(pieces - worker + workers - 1, jnp.int32(workers)), last, None)
+        plgpu.commit_smem_to_gmem_group()
 
     lax.cond(warpgroup < tiles.compute, compute, memory)
 
 
+def _modulo(n, slots: int):
+    """n % slots for n >= 0; a mask is one instruction where a signed remainder takes five."""
+    return n & (slots - 1) if slots & (slots - 1) == 0 else lax.rem(n, jnp.int32(slots))
+
+
+def _blocks(rows, size: int):
+    """⌈rows / size⌉ for rows >= 0 and a power of two."""
+    return lax.shift_right_logical(rows + (size - 1), jnp.int32(size.bit_length() - 1))

@@ -11,15 +11,14 @@ import jax.numpy as jnp
 from jax import lax
 
 PAIRWISE = 4096  # up to here one fused comparison of all pairs beats a sort's several kernels
-FILL_ROWS = 512  # rows of one item of zero-filling
 
 
 class Schedule(NamedTuple):
     """Tables for a kernel: int32, in device memory.
 
     items: [M, 4] query row, query rows, key row, key rows; longest first, then unused ones.
-    fills: [Z, 2] row, rows: pieces of the output that no item writes.
-    counts: [2] items and fills in use.
+    fills: [B + 1, 2] row, rows: what no item writes; behind the last sample lies the last one.
+    counts: [1] items in use.
     """
 
     items: jax.Array
@@ -33,27 +32,43 @@ def make_schedule(q_starts, q_lengths, kv_starts, kv_lengths, *, rows: int, max_
 
     rows: of the output. q_chunk: longest run of query rows in one item (None: whole samples).
     """
-    live = (q_lengths > 0) & (kv_lengths > 0)
-    lengths = jnp.where(live, q_lengths, 0)
+    lengths = jnp.where(kv_lengths > 0, q_lengths, 0)
     if q_chunk is None or max_q_length <= q_chunk:
-        first, count, sample = q_starts, lengths, jnp.arange(q_starts.shape[0])
+        table = jnp.stack([q_starts, lengths, kv_starts, kv_lengths])
     else:
         sample, first, count, _ = pieces(q_starts, lengths, rows, q_chunk)
-    table = jnp.stack([first, count, kv_starts[sample], kv_lengths[sample]], axis=1)
-    cost = jnp.where(count > 0, ((count + 127) // 128) * ((table[:, 3] + 63) // 64), 0)
-    fills, fill_count = row_fills(q_starts, lengths, rows)
-    counts = jnp.stack([jnp.sum(count > 0, dtype=jnp.int32), fill_count])
-    return Schedule(sort_descending(table, cost), fills, counts)
+        table = jnp.stack([first, count, kv_starts[sample], kv_lengths[sample]])
+    cost = ((table[1] + 127) // 128) * ((table[3] + 63) // 64)
+    live = jnp.sum(table[1] > 0, dtype=jnp.int32, keepdims=True)
+    return Schedule(sort_descending(table, cost), row_fills(q_starts, lengths, rows), live)
 
 
 def sort_descending(table, cost):
-    """Rows of the table in the order of falling cost; ties keep their order."""
+    """Columns of the table [C, M] in the order of falling cost, as rows [M, C]; ties keep their order.
+
+    Below PAIRWISE columns it compares all pairs: two kernels, each a fused reduction.
+    """
     n = cost.shape[0]
     if n > PAIRWISE:
-        return table[jnp.argsort(-cost, stable=True)]
+        return table[:, jnp.argsort(-cost, stable=True)].T
     index = jnp.arange(n, dtype=jnp.int32)
     before = (cost[None] > cost[:, None]) | ((cost[None] == cost[:, None]) & (index[None] < index[:, None]))
-    return jnp.zeros_like(table).at[jnp.sum(before, axis=1)].set(table, unique_indices=True)
+    place = jnp.sum(before, axis=1, dtype=jnp.int32)
+    return jnp.sum(jnp.where(place == index[:, None, None], table, 0), axis=2)
+
+
+def row_fills(starts, lengths, rows: int):
+    """Rows [0, rows) outside disjoint spans: int32 [B + 1, 2] (row, rows): before each span, and behind the last."""
+    begin, end = jnp.where(lengths > 0, starts, -1), jnp.where(lengths > 0, starts + lengths, 0)
+    begin = jnp.concatenate([begin, jnp.array([rows], jnp.int32)])
+    if end.shape[0] <= PAIRWISE:
+        previous = jnp.max(jnp.where(end <= begin[:, None], end, 0), axis=1, initial=0)
+    else:
+        in_order = jnp.sort(end)
+        at = jnp.searchsorted(in_order, begin, side="right", method="sort")
+        previous = jnp.where(at > 0, in_order[at - 1], 0)
+    # An empty span has begin -1 and no gap.
+    return jnp.stack([previous, jnp.maximum(begin - previous, 0)], axis=1)
 
 
 def pieces(starts, lengths, rows: int, size: int):
@@ -69,23 +84,6 @@ def pieces(starts, lengths, rows: int, size: int):
     span = jnp.minimum(jnp.searchsorted(end, index, side="right", method=method), starts.shape[0] - 1)
     offset = (index - (end - count)[span]) * size
     return span, starts[span] + offset, jnp.clip(lengths[span] - offset, 0, size), end[-1]
-
-
-def row_fills(starts, lengths, rows: int):
-    """Rows [0, rows) outside disjoint spans, in pieces: int32 [Z, 2] (row, rows) and the number of pieces."""
-    begin = jnp.concatenate([jnp.where(lengths > 0, starts, rows), jnp.array([rows], jnp.int32)])
-    end = jnp.where(lengths > 0, starts + lengths, 0)
-    if end.shape[0] <= PAIRWISE:
-        previous = jnp.max(jnp.where(end[None] <= begin[:, None], end[None], 0), axis=1, initial=0)
-    else:
-        order = jnp.argsort(begin)
-        ends = jnp.concatenate([end, jnp.zeros(1, jnp.int32)])[order]
-        begin, previous = begin[order], jnp.concatenate([jnp.zeros(1, jnp.int32), lax.cummax(ends)[:-1]])
-    # Every empty sample asks for the gap at the end; it is filled once.
-    at_end = jnp.arange(begin.shape[0]) < begin.shape[0] - 1
-    gap = jnp.where(at_end & (begin >= rows), 0, jnp.maximum(begin - previous, 0))
-    _, row, count, live = pieces(previous, gap, rows, FILL_ROWS)
-    return jnp.stack([row, count], axis=1), live
 
 
 def dealt(total, workers: int, worker):
