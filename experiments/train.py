@@ -44,7 +44,7 @@ class Options:
 
 def train(config: TrainConfig, out: Path, *, resume: bool = False) -> int:
     """Train as configured; return the process's exit code."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     run = Run(out, config, resume=resume)
     if run.summary is not None:
         console.print(f"{out} has finished; its results are in {out / 'summary.json'}")

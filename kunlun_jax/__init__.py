@@ -1,0 +1,38 @@
+"""Kunlun (arXiv 2602.10016), a click-prediction architecture with predictable scaling laws, in JAX and Flax NNX."""
+
+from kunlun_jax.batch import Batch, EmbeddedBatch, check_batch
+from kunlun_jax.checkpoint import Checkpoints
+from kunlun_jax.config import EventConfig, KunlunConfig, TrainConfig
+from kunlun_jax.embedding import embed, init_tables, look_up, update
+from kunlun_jax.jagged import Jagged
+from kunlun_jax.metrics import Evaluation
+from kunlun_jax.models.kunlun import Kunlun
+from kunlun_jax.optimizer import OptimizerConfig
+from kunlun_jax.schema import DenseField, EventType, FeatureSchema, SparseField, Table
+from kunlun_jax.training import Learner, TrainState, fit
+
+__all__ = [
+    "Batch",
+    "Checkpoints",
+    "DenseField",
+    "EmbeddedBatch",
+    "Evaluation",
+    "EventConfig",
+    "EventType",
+    "FeatureSchema",
+    "Jagged",
+    "Kunlun",
+    "KunlunConfig",
+    "Learner",
+    "OptimizerConfig",
+    "SparseField",
+    "Table",
+    "TrainConfig",
+    "TrainState",
+    "check_batch",
+    "embed",
+    "fit",
+    "init_tables",
+    "look_up",
+    "update",
+]
