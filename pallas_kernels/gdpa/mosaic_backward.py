@@ -50,21 +50,34 @@ def gdpa_backward(
     activation: one name per query head. sms: blocks of the grid (default: the device's SMs).
     """
     sms = sms or hopper.sm_count()
-    static = dict(activation=activation, scale=scale, post_scale=post_scale, sms=sms, interpret=interpret)
-    queries, keys = (q_starts, q_lengths), (kv_starts, kv_lengths)
-    do = do.astype(q.dtype)
     if 0 in (max_q_length, max_kv_length):
         return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v)
-    if is_fused(samples=q_starts.shape[0], kv_heads=k.shape[1], max_kv_length=max_kv_length, sms=sms):
-        by_key = make_schedule(*keys, *queries, rows=k.shape[0], max_q_length=max_kv_length)
-        live = jnp.where(kv_lengths > 0, q_lengths, 0)
-        q_fills = row_fills(q_starts, live, q.shape[0])
-        return gdpa_fused_backward(q, k, v, do, by_key, q_fills, **static)
+    fused = is_fused(samples=q_starts.shape[0], kv_heads=k.shape[1], max_kv_length=max_kv_length, sms=sms)
+    return ROUTES[fused](
+        q, k, v, do.astype(q.dtype), q_starts, q_lengths, kv_starts, kv_lengths, activation=activation, scale=scale,
+        post_scale=post_scale, max_q_length=max_q_length, max_kv_length=max_kv_length, sms=sms, interpret=interpret,
+    )
+
+
+def _by_fused(q, k, v, do, q_starts, q_lengths, kv_starts, kv_lengths, *, max_q_length, max_kv_length, sms=None,
+              **static):
+    by_key = make_schedule(kv_starts, kv_lengths, q_starts, q_lengths, rows=k.shape[0], max_q_length=max_kv_length)
+    q_fills = row_fills(q_starts, jnp.where(kv_lengths > 0, q_lengths, 0), q.shape[0])
+    return gdpa_fused_backward(q, k, v, do, by_key, q_fills, sms=sms or hopper.sm_count(), **static)
+
+
+def _by_split(q, k, v, do, q_starts, q_lengths, kv_starts, kv_lengths, *, max_q_length, max_kv_length, sms=None,
+              **static):
+    sms = sms or hopper.sm_count()
+    queries, keys = (q_starts, q_lengths), (kv_starts, kv_lengths)
     chunk = _q_chunk(samples=q_starts.shape[0], heads=q.shape[1], max_q_length=max_q_length, sms=sms)
     by_query = make_schedule(*queries, *keys, rows=q.shape[0], max_q_length=max_q_length, q_chunk=chunk)
     by_key = make_schedule(*keys, *queries, rows=k.shape[0], max_q_length=max_kv_length, q_chunk=KV_BLOCK)
-    dk, dv = gdpa_dkv(q, k, v, do, by_key, **static)
-    return gdpa_dq(q, k, v, do, by_query, **static), dk, dv
+    dk, dv = gdpa_dkv(q, k, v, do, by_key, sms=sms, **static)
+    return gdpa_dq(q, k, v, do, by_query, sms=sms, **static), dk, dv
+
+
+ROUTES = {True: _by_fused, False: _by_split}
 
 
 def is_fused(*, samples: int, kv_heads: int, max_kv_length: int, sms: int) -> bool:

@@ -1,0 +1,217 @@
+"""GDPA's backward kernels: interpreted with race detection and lowered for sm_90 on a CPU, run on a Hopper GPU."""
+
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import hopper
+from pallas_kernels.gdpa import mosaic_backward, mosaic_backward_fused, mosaic_backward_split
+from pallas_kernels.gdpa.activations import ACTIVATIONS
+from pallas_kernels.gdpa.mosaic_backward import gdpa_backward, is_fused
+
+_spec = importlib.util.spec_from_file_location("interpreter", pathlib.Path(__file__).with_name("interpreter.py"))
+interpreter = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(interpreter)
+interpreter.install()
+
+SPANS = ("q_starts", "q_lengths", "kv_starts", "kv_lengths")
+SMS = 2
+# The reference's own error in bfloat16 is about 2.4e-3 where lengths are long; single rows and keys scatter more.
+LIMIT = {"bfloat16": 3.6e-3, "float16": 6e-4}
+
+
+def jagged(rng, lengths, gap):
+    """(starts, rows): samples in random order with random gaps."""
+    starts, at = np.zeros(len(lengths), np.int32), gap
+    for b in rng.permutation(len(lengths)):
+        starts[b] = at
+        at += lengths[b] + int(rng.integers(0, gap + 1))
+    return starts, max(at + gap, 128)
+
+
+def inputs(seed, *, width, heads, kv_heads, q_lengths, kv_lengths, dtype, gap=5):
+    """Operands with NaN in every row outside the samples, the spans, and which rows are covered."""
+    rng = np.random.default_rng(seed)
+    q_starts, q_rows = jagged(rng, q_lengths, gap)
+    kv_starts, kv_rows = jagged(rng, kv_lengths, gap)
+    spans = dict(zip(SPANS, (q_starts, np.int32(q_lengths), kv_starts, np.int32(kv_lengths)), strict=True))
+    covered = []
+    for starts, lengths, rows in ((q_starts, q_lengths, q_rows), (kv_starts, kv_lengths, kv_rows)):
+        mask = np.zeros(rows, bool)
+        for start, length in zip(starts, lengths, strict=True):
+            mask[start : start + length] = True
+        covered.append(mask)
+
+    def draw(mask, n_heads, size):
+        x = rng.normal(size=(len(mask), n_heads, width)) * size
+        return jnp.asarray(np.where(mask[:, None, None], x, np.nan), dtype)
+
+    q, do = draw(covered[0], heads, 0.7), draw(covered[0], heads, 1.0)
+    k, v = draw(covered[1], kv_heads, 0.7), draw(covered[1], kv_heads, 1.0)
+    return (q, k, v, do), spans, covered
+
+
+def padded(x, starts, lengths, size):
+    """[N, H, D] to float32 [B, size, H, D], zero behind each sample."""
+    offset = jnp.arange(size)
+    inside = offset < lengths[:, None]
+    rows = jnp.where(inside, starts[:, None] + offset, 0)
+    return jnp.where(inside[..., None, None], x.astype(jnp.float32)[rows], 0)
+
+
+def worst_errors(grads, operands, spans, activation, scale, post_scale):
+    """The largest relative error over (sample, head) of dq, dk, dv against float32 autodiff."""
+    places = [(jnp.asarray(spans[f"{p}_starts"]), jnp.asarray(spans[f"{p}_lengths"])) for p in ("q", "kv")]
+    places = [(*p, int(max(p[1].max(), 1))) for p in places]
+    q, k, v, do = (padded(x, *place) for x, place in zip(operands, (*places, places[1], places[0]), strict=True))
+    group = q.shape[2] // k.shape[2]
+
+    def loss(q, k, v):
+        s = jnp.einsum("bqhd,bkhd->hbqk", q, jnp.repeat(k, group, 2), precision="highest") * scale
+        weights = jnp.stack([ACTIVATIONS[name](s[h])[0] for h, name in enumerate(activation)]) * post_scale
+        return jnp.sum(do * jnp.einsum("hbqk,bkhd->bqhd", weights, jnp.repeat(v, group, 2), precision="highest"))
+
+    worst = {}
+    expected = jax.grad(loss, (0, 1, 2))(q, k, v)
+    for name, x, want, place in zip(("dq", "dk", "dv"), grads, expected, (*places, places[1]), strict=True):
+        inside = (jnp.arange(place[2]) < place[1][:, None])[..., None, None]
+        want = jnp.where(inside, want, 0)  # act'(0) reaches padded rows
+        error, size = (jnp.sqrt(jnp.sum(y * y, axis=(1, 3))) for y in (padded(x, *place) - want, want))
+        worst[name] = float(jnp.max(jnp.where(size > 0, error / jnp.where(size > 0, size, 1), error)))
+    return worst
+
+
+def check(operands, spans, covered, *, activation, fused, scale=0.2, post_scale=1.5, interpret=None, sms=None):
+    """Run one route; check values, and zeros outside the samples. Returns the gradients."""
+    static = dict(activation=activation, scale=scale, post_scale=post_scale, interpret=interpret, sms=sms)
+    grads = mosaic_backward.ROUTES[fused](
+        *operands, *(jnp.asarray(spans[n]) for n in SPANS), max_q_length=int(spans["q_lengths"].max()),
+        max_kv_length=int(spans["kv_lengths"].max()), **static,
+    )
+    worst = worst_errors(grads, operands, spans, activation, scale, post_scale)
+    limit = LIMIT[operands[0].dtype.name]
+    assert all(error < limit for error in worst.values()), worst
+    for name, grad, mask in zip(("dq", "dk", "dv"), grads, (covered[0], covered[1], covered[1]), strict=True):
+        assert not np.asarray(grad, np.float32)[~mask].any(), f"{name} outside the samples"
+    return grads
+
+
+INTERPRETED = {
+    # name: fused, width, heads, kv heads, query lengths, key lengths, activation
+    "fused-one-pass": (True, 64, 2, 2, (70, 1, 0, 65), (1, 128, 9, 0), ("gelu_tanh", "silu")),
+    "fused-two-passes-grouped": (True, 64, 2, 1, (130, 3), (70, 200), ("relu2", "relu2")),
+    "fused-wide": (True, 128, 1, 1, (67, 5), (129, 64), ("hardswish",)),
+    "split-resident": (False, 64, 2, 1, (70, 1, 0, 140), (1, 130, 9, 0), ("leaky_relu", "gelu")),
+    "split-streamed-wide": (False, 128, 1, 1, (130, 3), (300, 65), ("relu",)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted_without_races(name, dtype):
+    fused, width, heads, kv_heads, q_lengths, kv_lengths, activation = INTERPRETED[name]
+    if dtype == "float16" and name not in ("fused-one-pass", "split-resident"):
+        pytest.skip("one case of each route is enough for float16")
+    case = inputs(1, width=width, heads=heads, kv_heads=kv_heads, q_lengths=q_lengths, kv_lengths=kv_lengths,
+                  dtype=dtype)
+    check(*case, activation=activation, fused=fused, interpret=interpreter.RACES, sms=SMS)
+
+
+def test_no_keys_or_no_queries_anywhere():
+    case = inputs(2, width=64, heads=1, kv_heads=1, q_lengths=(9, 0), kv_lengths=(0, 30), dtype="bfloat16")
+    for fused in (True, False):
+        check(*case, activation=("silu",), fused=fused, interpret=interpreter.RACES, sms=SMS)
+    operands, spans, _ = case
+    zeros = gdpa_backward(*operands, *(jnp.asarray(spans[n]) for n in SPANS), activation=("silu",), scale=1.0,
+                          post_scale=1.0, max_q_length=9, max_kv_length=0, sms=SMS)
+    for grad, x in zip(zeros, operands, strict=False):
+        assert grad.shape == x.shape
+        assert not grad.any()
+
+
+def shapes(width, dtype, heads=4, kv_heads=4, rows=1000, samples=600):
+    q, k = (jax.ShapeDtypeStruct((rows, h, width), dtype) for h in (heads, kv_heads))
+    span = jax.ShapeDtypeStruct((samples,), jnp.int32)
+    return q, k, k, q, span, span, span, span
+
+
+def lower(operands, *, max_kv_length, activation):
+    def f(*operands):
+        return gdpa_backward(*operands, activation=activation, scale=0.1, post_scale=1.0, max_q_length=1000,
+                             max_kv_length=max_kv_length, sms=132)
+
+    return interpreter.lower_for_hopper(f, *operands)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("max_kv_length", "kernels"), [(256, ["gdpa_backward"]), (1000, ["gdpa_dkv", "gdpa_dq"])])
+def test_lowers_for_hopper(width, dtype, max_kv_length, kernels):
+    text = lower(shapes(width, dtype), max_kv_length=max_kv_length, activation=("gelu_tanh",) * 4)
+    for kernel in kernels:
+        assert kernel in text
+
+
+@pytest.mark.parametrize("max_kv_length", [256, 1000])
+def test_lowers_with_every_activation_at_once(max_kv_length):
+    heads = len(ACTIVATIONS)
+    lower(shapes(64, "bfloat16", heads=heads, kv_heads=heads // 2), max_kv_length=max_kv_length,
+          activation=tuple(ACTIVATIONS))
+
+
+@pytest.mark.parametrize("panels", [1, 2])
+def test_shared_memory_fits(panels):
+    split = mosaic_backward_split
+    for scratch in (
+        mosaic_backward_fused.fused_scratch(jnp.bfloat16, panels, interpret=None),
+        split.dkv_scratch(jnp.bfloat16, panels, stages=2 if panels == 2 else 4, interpret=None),
+        split.dq_scratch(jnp.bfloat16, panels, interpret=None),
+    ):
+        assert hopper.shared_bytes(scratch) <= hopper.SHARED_MEMORY
+
+
+def test_route():
+    many = dict(samples=1152, kv_heads=4, sms=132)
+    assert is_fused(max_kv_length=256, **many)
+    assert not is_fused(max_kv_length=257, **many)  # a third pass would round dq again
+    assert not is_fused(max_kv_length=128, samples=8, kv_heads=4, sms=132)  # 32 items would leave 100 SMs idle
+
+
+def test_unsupported_says_why():
+    assert "Hopper" in mosaic_backward.unsupported(*shapes(64, "bfloat16")[:3])
+
+
+# --- on a GPU
+
+GPU_CASES = {
+    "fused": (True, 128, 4, 4, 300, 256),
+    "fused-grouped": (True, 128, 4, 2, 300, 128),
+    "fused-narrow": (True, 64, 4, 1, 500, 256),
+    "split": (False, 128, 4, 4, 300, 500),
+    "split-narrow": (False, 64, 4, 2, 300, 700),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("activation", [("gelu_tanh",) * 4, ("silu", "relu2", "gelu", "hardswish"),
+                                        ("identity", "relu", "leaky_relu", "silu")])
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_compiled(name, activation, dtype):
+    if jax.default_backend() != "gpu" or hopper.unsupported_device():
+        pytest.skip("needs a Hopper GPU")
+    fused, width, heads, kv_heads, max_q, max_kv = GPU_CASES[name]
+    rng = np.random.default_rng(3)
+    q_lengths, kv_lengths = (rng.integers(0, n + 1, 60) for n in (max_q, max_kv))
+    q_lengths[:4], kv_lengths[:4] = (0, 1, max_q, 63), (5, max_kv, 0, 1)
+    case = inputs(4, width=width, heads=heads, kv_heads=kv_heads, q_lengths=q_lengths, kv_lengths=kv_lengths,
+                  dtype=dtype)
+    first = check(*case, activation=activation, fused=fused)
+    again = check(*case, activation=activation, fused=fused)
+    for name, a, b in zip(("dq", "dk", "dv"), first, again, strict=True):
+        bits = (np.asarray(x).view(np.uint16) for x in (a, b))
+        assert np.array_equal(*bits), f"{name} differs between two runs"
