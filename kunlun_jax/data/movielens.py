@@ -6,7 +6,8 @@ half of the ratings share their second with another one of the same user, so cou
 labels away.
 
 Choices of ours: ages in 5-year steps; zip codes by their first character, the US region, all others in one row; past
-means smoothed as if 5 earlier ratings had come out at the past global mean; dense columns centred and scaled by
+means smoothed as if 5 earlier ratings had come out at the past global mean; residuals beside the means, and each
+event's surprise (`past_statistics`); dense columns centred and scaled by
 constants that were measured once on the training part and are written down here, so that no sample depends on later
 ones even in its units.
 """
@@ -39,6 +40,7 @@ GENDERS = ("F", "M")
 FIRST_YEAR, LAST_YEAR = 1900, 1999
 LIKED = 4  # stars
 SMOOTHING = 5.0  # ratings
+RECENT = 10  # ratings
 AGE_STEP, AGE_LIMIT = 5, 100  # years
 ZIP_REGIONS = 10
 DAY, HOUR = 86_400, 3_600
@@ -54,6 +56,11 @@ SCALES = {
     "film_stars": (3.6, 0.4),
     "user_genre_count": (3.2, 1.3),
     "user_genre_mean": (0.58, 0.16),
+    "user_residual": (-0.05, 0.38),
+    "film_residual": (-0.02, 0.38),
+    "expected_stars": (3.5, 0.54),
+    "user_recent": (0.02, 0.38),
+    "user_genre_surprise": (0.03, 0.22),
 }
 
 
@@ -160,9 +167,13 @@ def prepare(ratings: Ratings, *, width: int = 16, max_length: int = 200) -> dict
         "year": _year_ids(ratings.year)[film],
         "genres": genre_ids[film],
     }
-    dense = {name: (column - SCALES[name][0]) / SCALES[name][1] for name, column in past_statistics(ratings).items()}
+    statistics, surprise = past_statistics(ratings)
+    dense = {name: (column - SCALES[name][0]) / SCALES[name][1] for name, column in statistics.items()}
     liked = ratings.stars >= LIKED
-    histories = {"liked": _history(ratings, liked, genre_ids), "disliked": _history(ratings, ~liked, genre_ids)}
+    histories = {
+        name: _history(ratings, chosen, genre_ids, surprise)
+        for name, chosen in (("liked", liked), ("disliked", ~liked))
+    }
 
     n = len(time)
     ends = {"train": (0, n * 8 // 10), "validation": (n * 8 // 10, n * 9 // 10), "test": (n * 9 // 10, n)}
@@ -205,20 +216,32 @@ def make_schema(ratings: Ratings, *, width: int, max_length: int) -> FeatureSche
             SparseField("year", "year", scope="candidate"),
             SparseField("genres", "genre", scope="candidate", max_ids=max_genres),
         ),
-        events=tuple(EventType(name, max_length, sparse=event_fields) for name in ("liked", "disliked")),
+        events=tuple(
+            EventType(name, max_length, sparse=event_fields, dense=(DenseField("surprise"),))
+            for name in ("liked", "disliked")
+        ),
         tasks=(TASK,),
         group="user",
     )
 
 
-_REQUEST_DENSE = ("user_count", "user_mean", "user_stars", "user_gap")
+_REQUEST_DENSE = ("user_count", "user_mean", "user_stars", "user_gap", "user_residual", "user_recent")
 
 
-def past_statistics(ratings: Ratings) -> dict[str, Float[np.ndarray, "ratings"]]:
-    """What each rating's second knows of the past: counts as log(1 + n), smoothed shares of likes and mean stars.
+def past_statistics(
+    ratings: Ratings,
+) -> tuple[dict[str, Float[np.ndarray, "ratings"]], Float[np.ndarray, "ratings"]]:
+    """What each rating's second knows of the past, by column, and each rating's surprise.
 
-    `user_gap` is log(1 + seconds since the user's previous rating), 0 before the first. The user-genre statistics pool
-    the user's earlier ratings over the genres of the film at hand, so a film with two of them counts twice.
+    Counts are log(1 + n), shares of likes and mean stars are smoothed. `user_gap` is log(1 + seconds since the user's
+    previous rating), 0 before the first. The user-genre statistics pool the user's earlier ratings over the genres of
+    the film at hand, so a film with two of them counts twice.
+
+    Users differ in what they watch, films in who watches them. So a user's residual is the mean of the earlier stars
+    less the film's mean as it was then, a film's residual that of the stars less the rater's mean as it was then, both
+    smoothed towards 0. The expected stars are the past global mean plus both residuals, and a rating's surprise is its
+    stars less what was expected in its second: an event carries it, and `user_recent` is its mean, smoothed by one
+    rating, over the user's latest RECENT ratings.
     """
     user, film, time = ratings.user, ratings.film, ratings.time
     stars = ratings.stars.astype(np.float64)
@@ -227,25 +250,42 @@ def past_statistics(ratings: Ratings) -> dict[str, Float[np.ndarray, "ratings"]]
     # Before the first second ever there is no global mean to smooth towards: one like, one dislike of 3.5 stars.
     prior = (everything + np.array([2.0, 1.0, 7.0])) / (everything[:, :1] + 2.0)
 
-    rating, genre = np.nonzero(ratings.genres[film])
-    by_genre = _past_sums(user[rating] * len(GENRES) + genre, time[rating], values[rating])
-    by_genre = np.stack([np.bincount(rating, column, minlength=len(user)) for column in by_genre.T], axis=1)
-
     def smoothed(sums, which):
         return (sums[:, which] + SMOOTHING * prior[:, which]) / (sums[:, 0] + SMOOTHING)
 
     of_user, of_film = _past_sums(user, time, values), _past_sums(film, time, values)
+    user_stars, film_stars = smoothed(of_user, 2), smoothed(of_film, 2)
+    user_residual = _past_sums(user, time, _exact(stars - film_stars)[:, None])[:, 0] / (of_user[:, 0] + SMOOTHING)
+    film_residual = _past_sums(film, time, _exact(stars - user_stars)[:, None])[:, 0] / (of_film[:, 0] + SMOOTHING)
+    expected = prior[:, 2] + user_residual + film_residual
+    surprise = _exact(stars - expected)
+
+    rating, genre = np.nonzero(ratings.genres[film])
+    values = np.concatenate([values, surprise[:, None]], axis=1)
+    by_genre = _past_sums(user[rating] * len(GENRES) + genre, time[rating], values[rating])
+    by_genre = np.stack([np.bincount(rating, column, minlength=len(user)) for column in by_genre.T], axis=1)
+
     return {
         "user_count": np.log1p(of_user[:, 0]),
         "user_mean": smoothed(of_user, 1),
-        "user_stars": smoothed(of_user, 2),
+        "user_stars": user_stars,
         "user_gap": _log_gap(user, time),
         "film_count": np.log1p(of_film[:, 0]),
         "film_mean": smoothed(of_film, 1),
-        "film_stars": smoothed(of_film, 2),
+        "film_stars": film_stars,
         "user_genre_count": np.log1p(by_genre[:, 0]),
         "user_genre_mean": smoothed(by_genre, 1),
-    }
+        "user_residual": user_residual,
+        "film_residual": film_residual,
+        "expected_stars": expected,
+        "user_recent": _recent_mean(user, time, surprise),
+        "user_genre_surprise": by_genre[:, 3] / (by_genre[:, 0] + SMOOTHING),
+    }, surprise
+
+
+def _exact(values: np.ndarray) -> np.ndarray:
+    """Rounded to 2⁻²⁰, so that float64 sums are exact: a past sum then can't depend on what was added after it."""
+    return np.round(values * 2.0**20) / 2.0**20
 
 
 def _runs(key: np.ndarray, time: np.ndarray):
@@ -269,6 +309,16 @@ def _past_sums(key: np.ndarray, time: np.ndarray, values: np.ndarray) -> np.ndar
     return sums
 
 
+def _recent_mean(key: np.ndarray, time: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """For each row, the sum of `values` over the key's latest RECENT rows of earlier times over their number + 1."""
+    order, key_start, run_start = _runs(key, time)
+    before = np.concatenate([[0.0], np.cumsum(values[order])])
+    first = np.maximum(key_start, run_start - RECENT)
+    mean = np.empty(len(key))
+    mean[order] = (before[run_start] - before[first]) / (run_start - first + 1)
+    return mean
+
+
 def _log_gap(user: np.ndarray, time: np.ndarray) -> np.ndarray:
     order, key_start, run_start = _runs(user, time)
     gap = np.where(run_start > key_start, time[order] - time[order][run_start - 1], 0)
@@ -277,7 +327,7 @@ def _log_gap(user: np.ndarray, time: np.ndarray) -> np.ndarray:
     return result
 
 
-def _history(ratings: Ratings, chosen: np.ndarray, genre_ids: np.ndarray) -> Events:
+def _history(ratings: Ratings, chosen: np.ndarray, genre_ids: np.ndarray, surprise: np.ndarray) -> Events:
     """The chosen ratings as events, user by user, with each sample's span: its user's before its second."""
     events = np.flatnonzero(chosen)
     events = events[np.argsort(ratings.user[events], kind="stable")]
@@ -287,7 +337,12 @@ def _history(ratings: Ratings, chosen: np.ndarray, genre_ids: np.ndarray) -> Eve
     place = ratings.user * stride + (ratings.time - origin)
     film = ratings.film[events]
     return Events(
-        columns={"film": film, "genres": genre_ids[film], "rating": ratings.stars[events] - 1},
+        columns={
+            "film": film,
+            "genres": genre_ids[film],
+            "rating": ratings.stars[events] - 1,
+            "surprise": surprise[events],
+        },
         time=ratings.time[events],
         start=np.searchsorted(place[events], ratings.user * stride),
         stop=np.searchsorted(place[events], place),

@@ -4,7 +4,10 @@ The fixture is a small made-up data set in GroupLens' format in which, as in the
 the same second. The last test downloads the real files; it needs the network.
 """
 
+import bisect
 import dataclasses
+import functools
+import itertools
 import math
 import subprocess
 import time
@@ -80,11 +83,13 @@ class Naive:
 
     def __init__(self, ratings, users, films):
         self.rows = sorted(ratings)
+        self.stars_before = [0, *itertools.accumulate(row[3] for row in self.rows)]
         self.users, self.films = users, films
         self.user_rows = {u: i for i, u in enumerate(sorted(users))}
         self.film_rows = {f: i for i, f in enumerate(sorted(films))}
         self.jobs = sorted({user[2] for user in users.values()})
         self.of_user, self.of_film = defaultdict(list), defaultdict(list)
+        self.mean_stars, self.expectation = functools.cache(self.mean_stars), functools.cache(self.expectation)
         for row in self.rows:
             self.of_user[row[1]].append(row)
             self.of_film[row[2]].append(row)
@@ -117,6 +122,24 @@ class Naive:
         fields = [line.split(separator) for line in path.read_text().splitlines() if line[0].isdecimal()]
         return {int(u): (int(age), gender, job, code) for u, age, gender, job, code in fields}
 
+    def mean_stars(self, key, now):
+        """Smoothed mean stars before `now`, of everything or of one ("user" or "film", id)."""
+        if key is None:
+            ever = bisect.bisect_left(self.rows, (now,))
+            return (7 + self.stars_before[ever]) / (2 + ever)
+        rows = {"user": self.of_user, "film": self.of_film}[key[0]][key[1]]
+        past = [row[3] for row in rows if row[0] < now]
+        return (5 * self.mean_stars(None, now) + sum(past)) / (5 + len(past))
+
+    def expectation(self, now, user, film):
+        """The global mean, the user's residual and the film's residual before `now`; their sum is expected."""
+        of_user = [s - self.mean_stars(("film", f), t) for t, _, f, s in self.of_user[user] if t < now]
+        of_film = [s - self.mean_stars(("user", u), t) for t, u, _, s in self.of_film[film] if t < now]
+        return self.mean_stars(None, now), sum(of_user) / (5 + len(of_user)), sum(of_film) / (5 + len(of_film))
+
+    def surprise(self, row):
+        return row[3] - sum(self.expectation(*row[:3]))
+
     def sample(self, index, max_length):
         now, user, film, stars = self.rows[index]
         year, genres = self.films[film]
@@ -146,6 +169,11 @@ class Naive:
             "user_gap": math.log(1 + now - max(row[0] for row in past)) if past else 0.0,
             "film_count": math.log(1 + len(others)), "film_mean": smoothed(others), "film_stars": mean_stars(others),
             "user_genre_count": math.log(1 + len(shared)), "user_genre_mean": smoothed(shared),
+            "user_residual": self.expectation(now, user, film)[1],
+            "film_residual": self.expectation(now, user, film)[2],
+            "expected_stars": sum(self.expectation(now, user, film)),
+            "user_recent": sum(map(self.surprise, past[-10:])) / (1 + len(past[-10:])),
+            "user_genre_surprise": sum(map(self.surprise, shared)) / (5 + len(shared)),
         }  # fmt: skip
         dense = {k: (v - movielens.SCALES[k][0]) / movielens.SCALES[k][1] for k, v in dense.items()}
 
@@ -156,6 +184,7 @@ class Naive:
                 "film": [[self.film_rows[row[2]]] for row in kept],
                 "genres": [self.films[row[2]][1] for row in kept],
                 "rating": [[row[3] - 1] for row in kept],
+                "surprise": [pytest.approx(self.surprise(row), abs=1e-5) for row in kept],
                 "gap": [float(b[0] - a[0]) for a, b in zip([*kept[:1], *kept], kept, strict=False)],
                 "age": [float(now - row[0]) for row in kept],
             }
@@ -253,7 +282,8 @@ def test_schema(directory):
     scopes = {f.name: f.scope for f in schema.dense + schema.sparse}
     candidate = {name for name, scope in scopes.items() if scope == "candidate"}
     assert candidate == {
-        "film", "year", "genres", "film_count", "film_mean", "film_stars", "user_genre_count", "user_genre_mean"
+        "film", "year", "genres", "film_count", "film_mean", "film_stars", "user_genre_count", "user_genre_mean",
+        "film_residual", "expected_stars", "user_genre_surprise",
     }  # fmt: skip
     raw = movielens.read(directory)
     genres = next(f for f in schema.sparse if f.name == "genres")
