@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from kunlun_jax.config import EventConfig, KunlunConfig
-from kunlun_jax.schema import TIME_FIELDS, EventType, FeatureSchema, Scope
+from kunlun_jax.layers.features import event_inputs
+from kunlun_jax.schema import EventType, FeatureSchema, Scope
 
 Lengths = float | Int[np.ndarray, "sequences"] | Float[np.ndarray, "sequences"] | Sequence[float]
 
@@ -139,7 +140,7 @@ def _sequence_stack(config: KunlunConfig, schema: FeatureSchema, event: EventTyp
     attentions = sum(config.runs_attention(layer, size) for layer in range(size.depth))
     d = size.width
     seeds = size.n_seeds if config.pooling == "hsp" else size.n_tokens
-    inputs = sum(schema.table(f.table).width for f in event.sparse) + len(event.dense) + len(TIME_FIELDS)
+    inputs = event_inputs(schema, event)
     generation, pffn = _generation_and_pffn(config, schema, d)
     return {
         "event_tokens": mean * (_mlp(inputs, d, inputs) + _mlp(inputs, d, d)),

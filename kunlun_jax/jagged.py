@@ -87,15 +87,37 @@ def token_samples(starts: Int[Array, "b"], lengths: Int[Array, "b"], capacity: i
     return b - jnp.cumsum(edges)[:capacity]
 
 
+def inside_samples(sequence: Jagged) -> Bool[Array, "P N"]:
+    """Which tokens belong to a sample; what the others hold is undefined."""
+    capacity = jax.tree.leaves(sequence.values)[0].shape[1]
+
+    def of_shard(starts, lengths):
+        return token_samples(starts, lengths, capacity) < starts.shape[0]
+
+    return jax.vmap(of_shard)(sequence.starts, sequence.lengths)
+
+
 def positions(sequence: Jagged) -> Int[Array, "P N"]:
     """Each token's place in its own sample, 0 for the oldest; 0 for tokens of no sample."""
+    return _places(sequence)[0]
+
+
+def later_events(sequence: Jagged) -> Int[Array, "P N"]:
+    """How many tokens of its own sample follow each token, 0 for the newest; 0 for tokens of no sample."""
+    place, length = _places(sequence)
+    return jnp.maximum(length - 1 - place, 0)
+
+
+def _places(sequence: Jagged) -> tuple[Int[Array, "P N"], Int[Array, "P N"]]:
+    """Each token's place in its own sample and the sample's length; 0 and 0 for tokens of no sample."""
     capacity = jax.tree.leaves(sequence.values)[0].shape[1]
 
     def of_shard(starts, lengths):
         sample = token_samples(starts, lengths, capacity)
         start = starts.at[sample].get(mode="fill", fill_value=0)
+        length = lengths.at[sample].get(mode="fill", fill_value=0)
         place = jnp.arange(capacity, dtype=jnp.int32) - start
-        return jnp.where(sample < starts.shape[0], place, 0)
+        return jnp.where(sample < starts.shape[0], place, 0), length
 
     return jax.vmap(of_shard)(sequence.starts, sequence.lengths)
 

@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kunlun_jax.batch import EmbeddedBatch, to_samples
-from kunlun_jax.jagged import Jagged
+from kunlun_jax.jagged import Jagged, inside_samples, later_events
 from kunlun_jax.layers.mlp import MLP, MaskNet, cast, normal
 from kunlun_jax.schema import TIME_FIELDS, EventType, FeatureSchema, Scope
 
@@ -58,21 +58,30 @@ class SetTokens(nnx.Module):
 class EventTokens(nnx.Module):
     """Per event, its fields' embeddings, its dense fields and its times → MaskNet → d_e.
 
-    Time is a field like the others [choice]: log(1 + seconds / day) of gap and age. The rotary encoding only reaches
-    the self-attention, while the GDPA-PFFN and the seed pooling should be able to tell old events from new ones too.
+    Recency is a field like the others [choice], since the rotary encoding only reaches the self-attention, while the
+    GDPA-PFFN and the seed pooling should be able to tell old events from new ones too: log(1 + seconds) of gap and age,
+    and log(1 + later events of the sample), each centred and scaled to about unit size. Seconds, not days: what a user
+    did within the same visit would otherwise all be 0.
     """
 
     def __init__(self, schema: FeatureSchema, event: EventType, width: int, *, dtype: str, rngs: nnx.Rngs):
         self.event, self.dtype = event, dtype
-        inputs = sum(schema.table(f.table).width for f in event.sparse) + len(event.dense) + len(TIME_FIELDS)
-        self.join = MaskNet(inputs, width, dtype=dtype, rngs=rngs)
+        self.join = MaskNet(event_inputs(schema, event), width, dtype=dtype, rngs=rngs)
 
     def __call__(self, events: Jagged) -> Jagged:
         values = events.values
         columns = [values[field.name] for field in self.event.sparse]
         columns += [values[field.name][..., None] for field in self.event.dense]
-        columns += [log_days(values[name])[..., None] for name in TIME_FIELDS]
-        return events.with_values(self.join(jnp.concatenate(columns, axis=-1).astype(self.dtype)))
+        columns += [jnp.log1p(values[name])[..., None] / 6 - 1 for name in TIME_FIELDS]
+        columns += [jnp.log1p(later_events(events))[..., None] / 2 - 1]
+        # What lies outside every sample is undefined, and a NaN there would reach the gradients of the parameters.
+        x = jnp.where(inside_samples(events)[..., None], jnp.concatenate(columns, axis=-1), 0)
+        return events.with_values(self.join(x.astype(self.dtype)))
+
+
+def event_inputs(schema: FeatureSchema, event: EventType) -> int:
+    """Numbers that describe one event before they are joined: embeddings, dense fields, times and its recency rank."""
+    return sum(schema.table(f.table).width for f in event.sparse) + len(event.dense) + len(TIME_FIELDS) + 1
 
 
 def log_days(seconds: Float[Array, "*shape"], scale: float = 86_400.0) -> Float[Array, "*shape"]:

@@ -33,11 +33,14 @@ class MLP(nnx.Module):
 class MaskNet(nnx.Module):
     """MLP_lce(S ⊙ MLP_mask(S)): joins time-aligned sequences, here the fields of an event (InterFormer).
 
-    Shapes: [..., inputs] → [..., outputs]. Hidden widths equal `outputs` [choice].
+    Shapes: [..., inputs] → [..., outputs]. Hidden widths equal `outputs`, and the mask starts around 1, so that the
+    fields pass before it has learned anything [choice].
     """
 
     def __init__(self, inputs: int, outputs: int, *, dtype: str, rngs: nnx.Rngs):
         self.mask = MLP(inputs, [outputs], inputs, dtype=dtype, rngs=rngs)
+        bias = self.mask.layers[-1].bias
+        bias[...] = jnp.ones_like(bias[...])
         self.compress = MLP(inputs, [outputs], outputs, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*rest inputs"]) -> Float[Array, "*rest outputs"]:

@@ -18,6 +18,7 @@ from kunlun_jax.jagged import (
     choose_bucket,
     deal_to_shards,
     from_padded,
+    later_events,
     over_shards,
     pack,
     positions,
@@ -74,6 +75,8 @@ def test_tokens_know_their_sample_and_place(layout):
     np.testing.assert_array_equal(jax.jit(token_samples, static_argnums=2)(starts[0], lengths[0], N), sample)
     sequence = Jagged({"x": np.zeros((1, N, 2)), "y": np.zeros((1, N))}, starts, lengths, T).check()
     np.testing.assert_array_equal(jax.jit(positions)(sequence)[0], place)
+    later = np.where(sample < B, np.append(lengths[0], 0)[sample] - 1 - place, 0)
+    np.testing.assert_array_equal(jax.jit(later_events)(sequence)[0], later)
 
 
 @in_any_layout

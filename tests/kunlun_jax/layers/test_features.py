@@ -65,9 +65,11 @@ def test_event_tokens_join_fields_and_times_of_each_event(event):
     events = random_embedded(SCHEMA, rng, shards=2).events[event.name]
     columns = [events.values[f.name] for f in event.sparse]
     columns += [events.values[f.name][..., None] for f in event.dense]
-    columns += [np.log(1 + events.values[name][..., None] / 86_400) for name in TIME_FIELDS]
+    columns += [np.log(1 + events.values[name][..., None]) / 6 - 1 for name in TIME_FIELDS]
     joined = events.with_values(np.concatenate(columns, axis=-1))
     for got, x in zip(unpack(plain.run(module, events)), unpack(joined), strict=True):
+        rank = np.log(1 + np.arange(len(x))[::-1, None]) / 2 - 1
+        x = np.concatenate([x, rank], axis=-1)
         expected = plain.mlp(module.join.compress, x * plain.mlp(module.join.mask, x))
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3)
     assert isinstance(module.join, MaskNet)

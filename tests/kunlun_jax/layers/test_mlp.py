@@ -21,3 +21,10 @@ def test_masknet_compresses_what_its_own_mask_scales():
     x = rng.normal(size=(2, 7, 5))
     expected = plain.mlp(module.compress, x * plain.mlp(module.mask, x))
     np.testing.assert_allclose(plain.run(module, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_masknet_starts_with_fields_that_pass():
+    """A mask around 0 instead would start every field at a small random share of itself."""
+    x = np.random.default_rng(1).normal(size=(64, 20)).astype(np.float32)
+    mask = plain.run(MaskNet(20, 16, dtype="float32", rngs=nnx.Rngs(0)).mask, x)
+    assert abs(mask.mean() - 1) < 0.2
