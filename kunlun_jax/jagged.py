@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 Array = jax.Array | np.ndarray  # the same class holds NumPy arrays on the host
 
