@@ -1,5 +1,6 @@
 """GDPA's backward kernels: interpreted with race detection and lowered for sm_90 on a CPU, run on a Hopper GPU."""
 
+import functools
 import importlib.util
 import pathlib
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hopper
-from pallas_kernels.gdpa import mosaic_backward, mosaic_backward_fused, mosaic_backward_split
+from pallas_kernels.gdpa import mosaic_backward, mosaic_backward_common, mosaic_backward_fused, mosaic_backward_split
 from pallas_kernels.gdpa.activations import ACTIVATIONS
 from pallas_kernels.gdpa.mosaic_backward import gdpa_backward, is_fused
 
@@ -22,6 +23,12 @@ SPANS = ("q_starts", "q_lengths", "kv_starts", "kv_lengths")
 SMS = 2
 # The reference's own error in bfloat16 is about 2.4e-3 where lengths are long; single rows and keys scatter more.
 LIMIT = {"bfloat16": 3.6e-3, "float16": 6e-4}
+
+
+@pytest.fixture
+def whole_tiles(monkeypatch):
+    """Activations of whole tiles at once: slices save registers, which cost nothing here, and take long to trace."""
+    monkeypatch.setattr(mosaic_backward_common, "_SLICE", 128)
 
 
 def jagged(rng, lengths, gap):
@@ -65,9 +72,16 @@ def padded(x, starts, lengths, size):
 
 def worst_errors(grads, operands, spans, activation, scale, post_scale):
     """The largest relative error over (sample, head) of dq, dk, dv against float32 autodiff."""
-    places = [(jnp.asarray(spans[f"{p}_starts"]), jnp.asarray(spans[f"{p}_lengths"])) for p in ("q", "kv")]
-    places = [(*p, int(max(p[1].max(), 1))) for p in places]
-    q, k, v, do = (padded(x, *place) for x, place in zip(operands, (*places, places[1], places[0]), strict=True))
+    sizes = [int(max(spans[f"{p}_lengths"].max(), 1)) for p in ("q", "kv")]
+    worst = _worst(grads, operands, [jnp.asarray(spans[n]) for n in SPANS], *sizes, activation, scale, post_scale)
+    return dict(zip(("dq", "dk", "dv"), map(float, worst), strict=True))
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
+def _worst(grads, operands, spans, q_size, kv_size, activation, scale, post_scale):
+    q_place, kv_place = (*spans[:2], q_size), (*spans[2:], kv_size)
+    places = (q_place, kv_place, kv_place, q_place)
+    q, k, v, do = (padded(x, *place) for x, place in zip(operands, places, strict=True))
     group = q.shape[2] // k.shape[2]
 
     def loss(q, k, v):
@@ -75,23 +89,22 @@ def worst_errors(grads, operands, spans, activation, scale, post_scale):
         weights = jnp.stack([ACTIVATIONS[name](s[h])[0] for h, name in enumerate(activation)]) * post_scale
         return jnp.sum(do * jnp.einsum("hbqk,bkhd->bqhd", weights, jnp.repeat(v, group, 2), precision="highest"))
 
-    worst = {}
-    expected = jax.grad(loss, (0, 1, 2))(q, k, v)
-    for name, x, want, place in zip(("dq", "dk", "dv"), grads, expected, (*places, places[1]), strict=True):
-        inside = (jnp.arange(place[2]) < place[1][:, None])[..., None, None]
+    worst = []
+    for x, want, (starts, lengths, size) in zip(grads, jax.grad(loss, (0, 1, 2))(q, k, v), places[:3], strict=True):
+        inside = (jnp.arange(size) < lengths[:, None])[..., None, None]
         want = jnp.where(inside, want, 0)  # act'(0) reaches padded rows
-        error, size = (jnp.sqrt(jnp.sum(y * y, axis=(1, 3))) for y in (padded(x, *place) - want, want))
-        worst[name] = float(jnp.max(jnp.where(size > 0, error / jnp.where(size > 0, size, 1), error)))
+        error = jnp.sqrt(jnp.sum((padded(x, starts, lengths, size) - want) ** 2, axis=(1, 3)))
+        norm = jnp.sqrt(jnp.sum(want**2, axis=(1, 3)))
+        worst.append(jnp.max(jnp.where(norm > 0, error / jnp.where(norm > 0, norm, 1), error)))
     return worst
 
 
 def check(operands, spans, covered, *, activation, fused, scale=0.2, post_scale=1.5, interpret=None, sms=None):
     """Run one route; check values, and zeros outside the samples. Returns the gradients."""
     static = dict(activation=activation, scale=scale, post_scale=post_scale, interpret=interpret, sms=sms)
-    grads = mosaic_backward.ROUTES[fused](
-        *operands, *(jnp.asarray(spans[n]) for n in SPANS), max_q_length=int(spans["q_lengths"].max()),
-        max_kv_length=int(spans["kv_lengths"].max()), **static,
-    )
+    run = functools.partial(mosaic_backward.ROUTES[fused], max_q_length=int(spans["q_lengths"].max()),
+                            max_kv_length=int(spans["kv_lengths"].max()), **static)
+    grads = jax.jit(run)(*operands, *(jnp.asarray(spans[n]) for n in SPANS))
     worst = worst_errors(grads, operands, spans, activation, scale, post_scale)
     limit = LIMIT[operands[0].dtype.name]
     assert all(error < limit for error in worst.values()), worst
@@ -101,21 +114,19 @@ def check(operands, spans, covered, *, activation, fused, scale=0.2, post_scale=
 
 
 INTERPRETED = {
-    # name: fused, width, heads, kv heads, query lengths, key lengths, activation
-    "fused-one-pass": (True, 64, 2, 2, (70, 1, 0, 65), (1, 128, 9, 0), ("gelu_tanh", "silu")),
-    "fused-two-passes-grouped": (True, 64, 2, 1, (130, 3), (70, 200), ("relu2", "relu2")),
-    "fused-wide": (True, 128, 1, 1, (67, 5), (129, 64), ("hardswish",)),
-    "split-resident": (False, 64, 2, 1, (70, 1, 0, 140), (1, 130, 9, 0), ("leaky_relu", "gelu")),
-    "split-streamed-wide": (False, 128, 1, 1, (130, 3), (300, 65), ("relu",)),
+    # name: fused, dtype, width, heads, kv heads, query lengths, key lengths, activation
+    "fused-one-pass": (True, "float16", 64, 2, 2, (70, 1, 0), (1, 128, 9), ("gelu_tanh", "silu")),
+    "fused-two-passes-grouped": (True, "bfloat16", 64, 2, 1, (65, 3), (70, 130), ("relu2", "relu2")),
+    "fused-wide": (True, "bfloat16", 128, 1, 1, (67,), (129,), ("identity",)),
+    "split-resident": (False, "float16", 64, 2, 1, (70, 0, 1), (1, 9, 130), ("leaky_relu", "relu")),
+    "split-streamed-wide": (False, "bfloat16", 128, 1, 1, (130,), (260,), ("relu",)),
 }
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.usefixtures("whole_tiles")
 @pytest.mark.parametrize("name", INTERPRETED)
-def test_interpreted_without_races(name, dtype):
-    fused, width, heads, kv_heads, q_lengths, kv_lengths, activation = INTERPRETED[name]
-    if dtype == "float16" and name not in ("fused-one-pass", "split-resident"):
-        pytest.skip("one case of each route is enough for float16")
+def test_interpreted_without_races(name):
+    fused, dtype, width, heads, kv_heads, q_lengths, kv_lengths, activation = INTERPRETED[name]
     case = inputs(1, width=width, heads=heads, kv_heads=kv_heads, q_lengths=q_lengths, kv_lengths=kv_lengths,
                   dtype=dtype)
     check(*case, activation=activation, fused=fused, interpret=interpreter.RACES, sms=SMS)
@@ -123,8 +134,7 @@ def test_interpreted_without_races(name, dtype):
 
 def test_no_keys_or_no_queries_anywhere():
     case = inputs(2, width=64, heads=1, kv_heads=1, q_lengths=(9, 0), kv_lengths=(0, 30), dtype="bfloat16")
-    for fused in (True, False):
-        check(*case, activation=("silu",), fused=fused, interpret=interpreter.RACES, sms=SMS)
+    check(*case, activation=("identity",), fused=True, interpret=interpreter.RACES, sms=SMS)  # in slices
     operands, spans, _ = case
     zeros = gdpa_backward(*operands, *(jnp.asarray(spans[n]) for n in SPANS), activation=("silu",), scale=1.0,
                           post_scale=1.0, max_q_length=9, max_kv_length=0, sms=SMS)
@@ -147,20 +157,22 @@ def lower(operands, *, max_kv_length, activation):
     return interpreter.lower_for_hopper(f, *operands)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize(("max_kv_length", "kernels"), [(256, ["gdpa_backward"]), (1000, ["gdpa_dkv", "gdpa_dq"])])
-def test_lowers_for_hopper(width, dtype, max_kv_length, kernels):
-    text = lower(shapes(width, dtype), max_kv_length=max_kv_length, activation=("gelu_tanh",) * 4)
+def test_lowers_for_hopper(width, max_kv_length, kernels):
+    text = lower(shapes(width, "bfloat16"), max_kv_length=max_kv_length, activation=("relu",) * 4)
     for kernel in kernels:
         assert kernel in text
 
 
-@pytest.mark.parametrize("max_kv_length", [256, 1000])
-def test_lowers_with_every_activation_at_once(max_kv_length):
-    heads = len(ACTIVATIONS)
-    lower(shapes(64, "bfloat16", heads=heads, kv_heads=heads // 2), max_kv_length=max_kv_length,
-          activation=tuple(ACTIVATIONS))
+@pytest.mark.parametrize(("max_kv_length", "activation"), [
+    (256, tuple(ACTIVATIONS)),  # all at once, so that an unsupported operation in any shows
+    (1000, ("gelu", "gelu_tanh")),
+])
+@pytest.mark.usefixtures("whole_tiles")
+def test_lowers_with_one_activation_per_head(max_kv_length, activation):
+    heads = len(activation)
+    lower(shapes(64, "float16", heads=heads, kv_heads=heads // 2), max_kv_length=max_kv_length, activation=activation)
 
 
 @pytest.mark.parametrize("panels", [1, 2])
