@@ -138,7 +138,7 @@ def run_gdpa(config: Gdpa) -> list[dict]:
                 results.append(row)
                 print(f"{shape.name:36s} {implementation:10s} {way:8s} {row['ms']:8.3f} ms {row['tflops']:6.1f} "
                       f"TFLOP/s, {100 * row['share_of_roof']:5.1f} % of the roof", flush=True)
-        write(config.out, "bench_gdpa", results)
+                write(config.out, "bench_gdpa", results)
     return results
 
 
@@ -159,16 +159,16 @@ def plot_roofline(results: list[dict], path: pathlib.Path, device: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    ways = [way for way in ("forward", "backward") if any(r["direction"] == way for r in results)]
-    figure, axes = plt.subplots(1, len(ways), figsize=(6.5 * len(ways), 4.2), sharey=True, squeeze=False)
-    for axis, way in zip(axes[0], ways, strict=True):
+    names = list(dict.fromkeys(r["shape"] for r in results))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 1.5 + 0.45 * len(names)), sharey=True)
+    styles = {"mosaic_gpu": ("kernel", "C0", 0.6), "xla": ("XLA", "C1", 0.25)}
+    for axis, way in zip(axes, ("forward", "backward"), strict=True):
         rows = [r for r in results if r["direction"] == way]
-        names = list(dict.fromkeys(r["shape"] for r in rows))
-        for implementation, colour in (("mosaic_gpu", "C0"), ("xla", "C1")):
+        for implementation, (label, colour, height) in styles.items():
             mine = [r for r in rows if r["implementation"] == implementation]
-            axis.barh([names.index(r["shape"]) for r in mine], [r["tflops"] for r in mine], color=colour,
-                      height=0.6 if implementation == "mosaic_gpu" else 0.25,
-                      label={"mosaic_gpu": "kernel", "xla": "XLA"}[implementation])
+            if mine:
+                axis.barh([names.index(r["shape"]) for r in mine], [r["tflops"] for r in mine], color=colour,
+                          height=height, label=label)
         for r in rows:
             at = names.index(r["shape"])
             axis.plot([r["roof_tflops"]] * 2, [at - 0.4, at + 0.4], color="black", lw=1.5,
@@ -176,8 +176,8 @@ def plot_roofline(results: list[dict], path: pathlib.Path, device: str) -> None:
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.set_xlabel("TFLOP/s (bfloat16)")
         axis.set_title(f"GDPA {way}")
-    axes[0][0].invert_yaxis()
-    axes[0][-1].legend(loc="upper right", fontsize=8)
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper right", fontsize=8, ncols=3)
     figure.suptitle(device, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
