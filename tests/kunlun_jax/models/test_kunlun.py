@@ -140,57 +140,67 @@ def taps(model, batch):
 
 
 @once_per_config
-def dependencies(config):
-    """A compiled function of parameters and batch: the taps, and how each row below depends on every input.
-
-    Rows are one number each: every logit, every set token of sample 0 after two layers, and random projections of X
-    and H of every layer.
-    """
+def pullback(config):
+    """A compiled function of parameters, batch and cotangents of the taps: the taps, and their gradients."""
     graphdef, _ = nnx.split(build(config))
-    rng = np.random.default_rng(1)
 
-    def rows(params, batch):
-        found = taps(nnx.merge(graphdef, params), batch)
-        weight = {name: jnp.asarray(rng.normal(size=x.shape), jnp.float32) for name, x in found.items()}
-        out = {f"logit{i}{k}": found["logits"][i, k] for i in range(SAMPLES) for k in range(2)}
-        out |= {f"token{t}": (found["X2"] * weight["X2"])[0, t].sum() for t in range(SET_TOKENS)}
-        out |= {name: (x * weight[name]).sum() for name, x in found.items() if name != "logits"}
-        return out, found
-
-    def table(params, batch):
-        events = {name: sequence.values for name, sequence in batch.events.items()}
-        inputs = {"dense": batch.dense, "sparse": batch.sparse, "events": events}
-
+    def run(params, batch, cotangents):
         def of(params, inputs):
             events = {name: batch.events[name].with_values(x) for name, x in inputs["events"].items()}
-            return rows(params, EmbeddedBatch(inputs["dense"], inputs["sparse"], events, batch.request_index))
+            embedded = EmbeddedBatch(inputs["dense"], inputs["sparse"], events, batch.request_index)
+            return taps(nnx.merge(graphdef, params), embedded)
 
-        return jax.jacrev(of, argnums=(0, 1), has_aux=True)(params, inputs)
+        events = {name: sequence.values for name, sequence in batch.events.items()}
+        found, pull = jax.vjp(of, params, {"dense": batch.dense, "sparse": batch.sparse, "events": events})
+        return found, *pull({name: jnp.zeros_like(x) for name, x in found.items()} | cotangents)
 
-    return jax.jit(table, compiler_options=QUICK)
+    return jax.jit(run, compiler_options=QUICK)
 
 
-def run_dependencies(config, change=lambda path, value: value):
-    """(row → {parameter path: largest gradient}, row → input gradients, taps), with changed parameters."""
-    params = jax.tree_util.tree_map_with_path(lambda path, x: change(name_of(path), x), params_of(config))
-    table, found = dependencies(config)(params, random_inputs())
-    of_params = {
-        row: {name_of(path): float(jnp.abs(g).max()) for path, g in jax.tree_util.tree_leaves_with_path(grads)}
-        for row, (grads, _) in table.items()
-    }
-    return of_params, {row: grads for row, (_, grads) in table.items()}, found
+def random_projections(config, names):
+    """Random cotangents of the taps named, and zero ones of the others."""
+    graphdef, params = nnx.split(build(config))
+    shapes = jax.eval_shape(lambda params, batch: taps(nnx.merge(graphdef, params), batch), params, random_inputs())
+    rng = np.random.default_rng(1)
+    weights = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in shapes.items()}
+    return {name: w if name in names else np.zeros_like(w) for name, w in weights.items()}
+
+
+def one(config, name, *index):
+    """The cotangents that leave one row of a tap: a logit, or a token of a sample."""
+    cotangents = random_projections(config, [name])
+    kept = np.zeros_like(cotangents[name])
+    kept[index] = cotangents[name][index]
+    return cotangents | {name: kept}
+
+
+class Dependencies:
+    """What depends on what, with parameters that `change` may cut."""
+
+    def __init__(self, config, change=lambda name, value: value):
+        self.config = config
+        self.params = jax.tree_util.tree_map_with_path(lambda path, x: change(name_of(path), x), params_of(config))
+        self.taps = self._run(random_projections(config, []))[0]
+
+    def _run(self, cotangents):
+        return pullback(self.config)(self.params, random_inputs(), cotangents)
+
+    def __call__(self, tap, prefix):
+        """Whether a tap depends on all parameters below a prefix (True) or on none (False); else an error."""
+        _, grads, _ = self._run(random_projections(self.config, [tap]))
+        of = {name_of(path): float(jnp.abs(g).max()) for path, g in jax.tree_util.tree_leaves_with_path(grads)}
+        of = {name: g for name, g in of.items() if name.startswith(prefix)}
+        assert of, f"no parameter begins with {prefix!r}"
+        assert len({g > 0 for g in of.values()}) == 1, of
+        return next(iter(of.values())) > 0
+
+    def inputs(self, tap, *index):
+        """Gradients of one number or token of a tap by input."""
+        return self._run(one(self.config, tap, *index))[2]
 
 
 def name_of(path):
     return ".".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-
-
-def depends(row, prefix):
-    """Whether a row depends on all parameters below a prefix (True), on none (False); anything else is an error."""
-    reached = [gradient > 0 for name, gradient in row.items() if name.startswith(prefix)]
-    assert reached, f"no parameter begins with {prefix!r}: {list(row)}"
-    assert len(set(reached)) == 1, {n: g for n, g in row.items() if n.startswith(prefix)}
-    return reached[0]
 
 
 DEFAULT = dataclasses.replace(CONFIG, implementation=None)
@@ -198,24 +208,24 @@ FULL = dataclasses.replace(CONFIG, comp_skip=False)
 
 
 def test_summary_is_tapped_between_pffn_and_attention():
-    rows, _, _ = run_dependencies(FULL)
+    depends = Dependencies(FULL)
     for layer in range(3):
-        summary, stack = rows[f"click{layer}"], f"layers.{layer}.sequences.click"
+        summary, stack = f"click{layer}", f"layers.{layer}.sequences.click"
         assert depends(summary, f"{stack}.pffn")
         assert depends(summary, f"{stack}.pool")
         if layer < 2:
             assert not depends(summary, f"{stack}.attend")
-            assert depends(rows[f"click{layer + 1}"], f"{stack}.attend")
-    assert depends(rows["click0"], "event_tokens.click")
+            assert depends(f"click{layer + 1}", f"{stack}.attend")
+    assert depends("click0", "event_tokens.click")
     # types meet in the interaction only, and the first summary is older than any interaction
-    assert not depends(rows["click0"], "event_tokens.view")
-    assert not depends(rows["click0"], "layers.0.interaction")
-    assert depends(rows["click1"], "layers.0.interaction")
-    assert depends(rows["click1"], "event_tokens.view")
+    assert not depends("click0", "event_tokens.view")
+    assert not depends("click0", "layers.0.interaction")
+    assert depends("click1", "layers.0.interaction")
+    assert depends("click1", "event_tokens.view")
 
 
 def test_past_its_depth_a_types_last_summary_stays_in_use():
-    _, _, found = run_dependencies(FULL)
+    found = Dependencies(FULL).taps
     for layer in (1, 2):
         chex.assert_trees_all_equal(found[f"view{layer}"], found["view0"])
         assert jnp.abs(found[f"click{layer}"] - found["click0"]).max() > 1e-3
@@ -223,51 +233,46 @@ def test_past_its_depth_a_types_last_summary_stays_in_use():
 
 @pytest.mark.parametrize("config", [FULL, CONFIG], ids=["no CompSkip", "CompSkip"])
 def test_set_tokens_reach_the_sequence_through_generated_keys_and_values_only(config):
-    rows, _, _ = run_dependencies(config)
-    assert depends(rows["click0"], "set_tokens")
-    assert depends(rows["view0"], "set_tokens")
-    cut, _, _ = run_dependencies(config, lambda name, x: jnp.zeros_like(x) if "generate.key_value" in name else x)
+    depends = Dependencies(config)
+    assert depends("click0", "set_tokens")
+    assert depends("view0", "set_tokens")
+    depends = Dependencies(config, lambda name, x: jnp.zeros_like(x) if "generate.key_value" in name else x)
     for layer in range(3):
-        assert not depends(cut[f"click{layer}"], "set_tokens")
-        assert not depends(cut[f"view{layer}"], "set_tokens")
-    # ... while the raw X still takes part in every interaction
-    assert all(depends(cut[f"X{layer}"], "set_tokens") for layer in range(3))
+        assert not depends(f"click{layer}", "set_tokens")
+        assert not depends(f"view{layer}", "set_tokens")
+        assert depends(f"X{layer}", "set_tokens")  # the raw X still takes part in every interaction
 
 
 def test_raw_set_tokens_enter_the_interaction_past_weight_generation_and_pooling():
-    def cut(name, x):
-        return jnp.zeros_like(x) if "generate" in name or "pool.project" in name else x
-
-    rows, _, found = run_dependencies(FULL, cut)
+    depends = Dependencies(
+        FULL, lambda name, x: jnp.zeros_like(x) if "generate" in name or "pool.project" in name else x
+    )
     model = build(FULL)
-    chex.assert_trees_all_close(found["X0"], plain.run(model.set_tokens, random_inputs()), rtol=1e-5)
-    assert not depends(rows["X1"], "layers.0.sequences.click.pffn")
-    assert not depends(rows["X1"], "event_tokens.click")
-    for layer in range(3):
-        assert depends(rows[f"X{layer}"], "set_tokens")
-    assert depends(rows["logit00"], "set_tokens")
+    chex.assert_trees_all_close(depends.taps["X0"], plain.run(model.set_tokens, random_inputs()), rtol=1e-5)
+    assert not depends("X1", "layers.0.sequences.click.pffn")
+    assert not depends("X1", "event_tokens.click")
+    for tap in ("X0", "X1", "X2", "logits"):
+        assert depends(tap, "set_tokens")
 
 
 def test_comp_skip_alternates_halves_and_reuses_the_previous_layers_summary():
-    rows, _, found = run_dependencies(CONFIG)
-    layers = build(CONFIG).layers
-    parts = [set(vars(layer.sequences["click"])) & {"pffn", "pool", "attend"} for layer in layers]
+    parts = [set(vars(x.sequences["click"])) & {"pffn", "pool", "attend"} for x in build(CONFIG).layers]
     assert parts == [{"pffn", "pool"}, {"attend"}, {"pffn", "pool"}]
-    chex.assert_trees_all_equal(found["click1"], found["click0"])
-    assert jnp.abs(found["click2"] - found["click1"]).max() > 1e-3
+    depends = Dependencies(CONFIG)
+    chex.assert_trees_all_equal(depends.taps["click1"], depends.taps["click0"])
+    assert jnp.abs(depends.taps["click2"] - depends.taps["click1"]).max() > 1e-3
     attend = "layers.1.sequences.click.attend"
-    assert not depends(rows["X2"], attend)  # layer 1's attention is only seen through layer 2's summary
-    assert depends(rows["click2"], attend)
-    assert depends(rows["logit00"], attend)
+    assert not depends("X2", attend)  # layer 1's attention is only seen through layer 2's summary
+    assert depends("click2", attend)
+    assert depends("logits", attend)
 
 
 @pytest.mark.parametrize("config", [FULL, CONFIG], ids=["no CompSkip", "CompSkip"])
 def test_samples_dont_mix(config):
-    _, rows, _ = run_dependencies(config)
-    batch = random_inputs()
+    depends, batch = Dependencies(config), random_inputs()
     for i in range(SAMPLES):
         for task in range(2):
-            grads = rows[f"logit{i}{task}"]
+            grads = depends.inputs("logits", i, task)
             for kind in ("dense", "sparse"):
                 for name, g in grads[kind].items():
                     touched = np.abs(g).reshape(SAMPLES, -1).max(-1) > 0
@@ -282,10 +287,9 @@ def test_samples_dont_mix(config):
 
 
 def test_after_two_layers_every_token_depends_on_every_input():
-    _, rows, _ = run_dependencies(CONFIG)
-    length = LENGTHS[0]
+    depends, length = Dependencies(CONFIG), LENGTHS[0]
     for t in range(SET_TOKENS):
-        grads = rows[f"token{t}"]
+        grads = depends.inputs("X2", 0, t)
         of_sample = jax.tree.map(lambda g: np.abs(g[0]), {k: grads[k] for k in ("dense", "sparse")})
         of_sample["events"] = jax.tree.map(lambda g: np.abs(g[0, :length]), grads["events"])
         for path, g in jax.tree_util.tree_leaves_with_path(of_sample):
@@ -297,50 +301,46 @@ def test_after_two_layers_every_token_depends_on_every_input():
 
 EVEN = {"click": dataclasses.replace(CLICK, depth=4), "view": dataclasses.replace(VIEW, depth=2)}
 UNBOUNDED = {"click": dataclasses.replace(CLICK, window=None), "view": VIEW}
-UNIFORM = CONFIG.uniform_events().events
-SWITCHES = {
+SWITCHES = {  # several at once, each on a block of its own, since every entry is a compilation
     "default": {},
-    "even depths, dense compression": {"depth": 4, "events": EVEN, "compression": "dense", "rotary_time": "age"},
-    "no CompSkip": {"comp_skip": False, "activation": "gelu"},
-    "naive PFFN": {"pffn": "naive"},
-    "PMA, all tokens to every expert": {"pooling": "pma", "expert_inputs": "all", "rotary_time": "none"},
-    "one expert, full attention, τ = maxlen": {"experts": 1, "events": UNBOUNDED, "tau": "maxlen"},
-    "uniform event types, weights of the request": {"events": UNIFORM, "weight_inputs": "request"},
-}
+    "no CompSkip": {"comp_skip": False},
+    "naive PFFN, PMA, all tokens to every expert": {
+        "pffn": "naive", "pooling": "pma", "expert_inputs": "all", "rotary_time": "none",
+    },
+    "even depths, dense compression, weights of the request": {
+        "depth": 4, "events": EVEN, "compression": "dense", "weight_inputs": "request", "rotary_time": "age",
+    },
+    "one expert, full attention, uniform event types, τ = maxlen": {
+        "experts": 1, "events": dataclasses.replace(CONFIG, events=UNBOUNDED).uniform_events().events, "tau": "maxlen",
+    },
+}  # fmt: skip
 
 
-@once_per_config
-def gradients(config):
-    """Compiled logits and the parameters' gradients of a random projection of them."""
-    graphdef, _ = nnx.split(build(config))
-    weight = jnp.asarray(np.random.default_rng(2).normal(size=(SAMPLES, 2)), jnp.float32)
-
-    def loss(params, batch):
-        out = nnx.merge(graphdef, params)(batch)
-        return (out * weight).sum(), out
-
-    return jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)
+def gradients(config, batch):
+    """The parameters' gradients of a random projection of the logits, and the logits."""
+    found, grads, _ = pullback(config)(params_of(config), batch, random_projections(config, ["logits"]))
+    return grads, found["logits"]
 
 
 @pytest.mark.filterwarnings("ignore:.*has nothing to compute")
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_every_parameter_learns_and_unused_tokens_are_inert(switch):
     config = dataclasses.replace(CONFIG, **SWITCHES[switch])
-    params, batch = params_of(config), random_inputs()
-    grads, out = gradients(config)(params, batch)
+    batch = random_inputs()
+    grads, out = gradients(config, batch)
     assert out.shape == (SAMPLES, 2)
     assert out.dtype == jnp.float32
     chex.assert_tree_all_finite((grads, out))
     idle = [name_of(path) for path, g in jax.tree_util.tree_leaves_with_path(grads) if not jnp.abs(g).max() > 0]
     assert not idle
-    chex.assert_trees_all_equal(gradients(config)(params, spoil(batch)), (grads, out))
+    chex.assert_trees_all_equal(gradients(config, spoil(batch)), (grads, out))
 
 
 def test_reference_and_default_implementations_agree():
     batch = random_inputs()
-    want, got = (gradients(c)(params_of(CONFIG), batch) for c in (CONFIG, DEFAULT))
+    want, got = (gradients(c, batch) for c in (CONFIG, DEFAULT))
     chex.assert_trees_all_close(got, want, rtol=1e-3, atol=1e-4)
-    chex.assert_trees_all_equal(gradients(DEFAULT)(params_of(CONFIG), spoil(batch)), got)
+    chex.assert_trees_all_equal(gradients(DEFAULT, spoil(batch)), got)
 
 
 def test_switches_exchange_the_blocks_they_name():
@@ -425,9 +425,12 @@ def test_bfloat16_is_near_float32():
     def rounded(x):
         return x.astype(jnp.bfloat16).astype(np.float32) if x.dtype == np.float32 else x
 
-    want = forward(CONFIG)(params, batch)
+    def exact(params, batch):
+        return pullback(CONFIG)(params, batch, random_projections(CONFIG, []))[0]["logits"]
+
+    want = exact(params, batch)
     # what rounding only the parameters and inputs costs; rounding every product may cost a few times as much
-    unit = jnp.linalg.norm(forward(CONFIG)(*jax.tree.map(rounded, (params, batch))) - want)
+    unit = jnp.linalg.norm(exact(*jax.tree.map(rounded, (params, batch))) - want)
     got = forward(low)(params, batch)
     assert got.dtype == jnp.float32
     assert jnp.linalg.norm(got - want) < 4 * unit
