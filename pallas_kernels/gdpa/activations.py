@@ -59,7 +59,7 @@ def _hardswish(x):
     return x * g, g + jnp.where(inside, x * (1 / 6), 0.0).astype(x.dtype)
 
 
-# x -> (act(x), act'(x)). At a kink the derivative is the one from the left (relu'(0) = 0), as in jax.nn.
+# x -> (act(x), act'(x)). At a kink the derivative is the one from the left: relu'(0) = 0.
 ACTIVATIONS: dict[str, Callable] = {
     "identity": _identity,
     "relu": _relu,
