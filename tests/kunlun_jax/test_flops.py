@@ -175,6 +175,7 @@ def test_lengths_are_averaged_after_the_window_formula():
     mixed = kunlun_flops(config, SCHEMA, {"click": lengths, "view": 3})
     single = [kunlun_flops(config, SCHEMA, {"click": int(t), "view": 3}) for t in lengths]
     assert mixed == {module: pytest.approx(np.mean([s[module] for s in single])) for module in mixed}
+    assert single[2]["click/attention_scores"] == 4 * 12 * (9 * 5 - 2 * (2 + 1))  # two ends lack 2 + 1 keys each
     # an empty sequence still generates weights and pools, but nothing of it is per event
     per_event = {m for m in mixed if m.startswith("click") and single[0][m] == 0}
     assert per_event == {
