@@ -2,7 +2,8 @@
 
     python experiments/bench_kernels.py gdpa --out experiments/results
 
-One H100: about two minutes. Expected on an H100 80GB: 510–540 TFLOP/s forward at lq1024-lkv256.
+One H100: about five minutes, most of them compilation. Measured: 493–503 TFLOP/s forward, 395–404 backward at
+lq1024-lkv256.
 
 Roof = the larger of FLOPs / 728 TFLOP/s and bytes / 2.94 TB/s, both measured on an H100 80GB HBM3 (8192³ bfloat16
 product, device-to-device copy); bytes count every input and output once. FLOPs count matrix products only, recomputed
