@@ -9,6 +9,7 @@ The result is written to runs/<preset>/ (--out names another directory). SIGTERM
 
 import dataclasses
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -146,6 +147,7 @@ def _line(values: dict, tasks) -> str:
 
 def main() -> int:
     absl.logging.set_verbosity(absl.logging.FATAL)  # orbax logs whole tracebacks before our one line
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     presets = {
         name: (
             f"Settings of the preset {name!r}.",

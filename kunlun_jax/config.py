@@ -259,7 +259,12 @@ class TrainConfig:
     @classmethod
     def movielens(cls) -> "TrainConfig":
         """MovieLens-100K in time order."""
-        return cls(model=KunlunConfig.movielens(), capacity_fractions=(0.25, 0.5, 1.0))
+        return cls(
+            model=KunlunConfig.movielens(),
+            optimizer=OptimizerConfig(learning_rate=2e-3),
+            batch_size=500,
+            capacity_fractions=(0.25, 0.5, 1.0),
+        )
 
     @classmethod
     def synthetic_stream(cls) -> "TrainConfig":
