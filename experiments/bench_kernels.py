@@ -76,8 +76,10 @@ def gdpa_batch(shape: GdpaShape, seed: int = 0):
         return jax.random.normal(key, (rows, shape.heads, shape.width), jnp.bfloat16)
 
     spans = dict(
-        q_starts=np.cumsum(lengths) - lengths, q_lengths=lengths,
-        kv_starts=np.arange(shape.batch) * shape.lkv, kv_lengths=np.full(shape.batch, shape.lkv),
+        q_starts=np.cumsum(lengths) - lengths,
+        q_lengths=lengths,
+        kv_starts=np.arange(shape.batch) * shape.lkv,
+        kv_lengths=np.full(shape.batch, shape.lkv),
     )
     operands = normal(keys[0], rows), normal(keys[1], kv_rows), normal(keys[2], kv_rows), normal(keys[3], rows)
     return operands, {name: jnp.asarray(x, jnp.int32) for name, x in spans.items()}
@@ -117,8 +119,9 @@ def run_gdpa(config: Gdpa) -> list[dict]:
         for implementation in ("mosaic_gpu", "xla") if index < config.xla_shapes else ("mosaic_gpu",):
 
             def forward(q, k, v, spans, implementation=implementation, shape=shape):
-                return gdpa(q, k, v, **spans, max_q_length=shape.lq, max_kv_length=shape.lkv,
-                            implementation=implementation)
+                return gdpa(
+                    q, k, v, **spans, max_q_length=shape.lq, max_kv_length=shape.lkv, implementation=implementation
+                )
 
             def backward(q, k, v, do, spans, forward=forward):
                 return jax.vjp(lambda *x: forward(*x, spans), q, k, v)[1](do)
@@ -133,12 +136,23 @@ def run_gdpa(config: Gdpa) -> list[dict]:
                     print(f"{shape.name} {implementation} {way}: {error!r}"[:300], flush=True)
                     continue
                 flops, roof_s = roof[way]
-                row = dict(shape=shape.name, implementation=implementation, direction=way, ms=round(time_s * 1e3, 4),
-                           tflops=round(flops / time_s / 1e12, 1), roof_tflops=round(flops / roof_s / 1e12, 1),
-                           share_of_roof=round(roof_s / time_s, 3), flops=flops, roof_ms=round(roof_s * 1e3, 4))
+                row = dict(
+                    shape=shape.name,
+                    implementation=implementation,
+                    direction=way,
+                    ms=round(time_s * 1e3, 4),
+                    tflops=round(flops / time_s / 1e12, 1),
+                    roof_tflops=round(flops / roof_s / 1e12, 1),
+                    share_of_roof=round(roof_s / time_s, 3),
+                    flops=flops,
+                    roof_ms=round(roof_s * 1e3, 4),
+                )
                 results.append(row)
-                print(f"{shape.name:36s} {implementation:10s} {way:8s} {row['ms']:8.3f} ms {row['tflops']:6.1f} "
-                      f"TFLOP/s, {100 * row['share_of_roof']:5.1f} % of the roof", flush=True)
+                print(
+                    f"{shape.name:36s} {implementation:10s} {way:8s} {row['ms']:8.3f} ms {row['tflops']:6.1f} "
+                    f"TFLOP/s, {100 * row['share_of_roof']:5.1f} % of the roof",
+                    flush=True,
+                )
                 write(config.out, "bench_gdpa", results)
     return results
 
@@ -147,8 +161,13 @@ def write(folder: pathlib.Path, name: str, results: list[dict]) -> None:
     """Write the results with what is needed to judge and repeat them."""
     folder.mkdir(parents=True, exist_ok=True)
     about = dict(
-        command="python " + " ".join(sys.argv), device=jax.devices()[0].device_kind, jax=jax.__version__,
-        dtype="bfloat16", activation="gelu_tanh", peak_tflops=PEAK_FLOPS / 1e12, peak_tb_s=PEAK_BYTES / 1e12,
+        command="python " + " ".join(sys.argv),
+        device=jax.devices()[0].device_kind,
+        jax=jax.__version__,
+        dtype="bfloat16",
+        activation="gelu_tanh",
+        peak_tflops=PEAK_FLOPS / 1e12,
+        peak_tb_s=PEAK_BYTES / 1e12,
     )
     (folder / f"{name}.json").write_text(json.dumps(dict(about=about, results=results), indent=1) + "\n")
 
@@ -168,12 +187,22 @@ def plot_roofline(results: list[dict], path: pathlib.Path, device: str) -> None:
         for implementation, (label, colour, height) in styles.items():
             mine = [r for r in rows if r["implementation"] == implementation]
             if mine:
-                axis.barh([names.index(r["shape"]) for r in mine], [r["tflops"] for r in mine], color=colour,
-                          height=height, label=label)
+                axis.barh(
+                    [names.index(r["shape"]) for r in mine],
+                    [r["tflops"] for r in mine],
+                    color=colour,
+                    height=height,
+                    label=label,
+                )
         for r in rows:
             at = names.index(r["shape"])
-            axis.plot([r["roof_tflops"]] * 2, [at - 0.4, at + 0.4], color="black", lw=1.5,
-                      label="roof" if r is rows[0] else None)
+            axis.plot(
+                [r["roof_tflops"]] * 2,
+                [at - 0.4, at + 0.4],
+                color="black",
+                lw=1.5,
+                label="roof" if r is rows[0] else None,
+            )
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.set_xlabel("TFLOP/s (bfloat16)")
         axis.set_title(f"GDPA {way}")

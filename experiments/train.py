@@ -46,6 +46,7 @@ class Options:
 def train(config: TrainConfig, out: Path, *, resume: bool = False) -> int:
     """Train as configured; return the process's exit code."""
     console = Console(highlight=False, soft_wrap=True)
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"  # the source line tells a user nothing
     run = Run(out, config, resume=resume)
     if run.summary is not None:
         console.print(f"{out} has finished; its results are in {out / 'summary.json'}")
@@ -147,7 +148,6 @@ def _line(values: dict, tasks) -> str:
 
 def main() -> int:
     absl.logging.set_verbosity(absl.logging.FATAL)  # orbax logs whole tracebacks before our one line
-    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     presets = {
         name: (
             f"Settings of the preset {name!r}.",

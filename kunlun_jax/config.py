@@ -293,7 +293,7 @@ def from_dict(kind: Any, values: Any, *, where: str = "config") -> Any:
     Raises:
       ValueError: a field is unknown, or a value has another type than its field; the message names it.
     """
-    if dataclasses.is_dataclass(kind):
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         hints = get_type_hints(kind)
         if not isinstance(values, dict) or (unknown := sorted(values.keys() - hints.keys())):
             found = unknown if isinstance(values, dict) else values

@@ -55,8 +55,9 @@ def row_buffer(shape, dtype, *, interpret):
     """
     if interpret:
         return plgpu.SMEM(shape, dtype, transforms=WGMMA_TILES)
-    return plgpu.RefUnion(plgpu.SMEM(shape, dtype, transforms=TMA_TILES),
-                          plgpu.SMEM(shape, dtype, transforms=WGMMA_TILES))
+    return plgpu.RefUnion(
+        plgpu.SMEM(shape, dtype, transforms=TMA_TILES), plgpu.SMEM(shape, dtype, transforms=WGMMA_TILES)
+    )
 
 
 def row_views(buffer, *, interpret):
@@ -74,7 +75,7 @@ def shared_bytes(scratch) -> int:
     buffers = barriers = 0
     for x in jax.tree.leaves(scratch, is_leaf=lambda x: isinstance(x, (plgpu.RefUnion, plgpu.Barrier))):
         if isinstance(x, plgpu.Barrier):
-            barriers += 8 * math.prod(x.num_barriers)
+            barriers += 8 * math.prod((x.num_barriers,) if isinstance(x.num_barriers, int) else x.num_barriers)
             continue
         members = x.refs if isinstance(x, plgpu.RefUnion) else (x,)
         buffers += max(-(-_bytes(m) // 1024) * 1024 for m in members)
@@ -100,8 +101,9 @@ def store_rows(src_smem, dst_gmem, row, count, columns):
     total = src_smem.shape[0]
 
     def copy(offset, size):
-        plgpu.copy_smem_to_gmem(src_smem.at[pl.ds(offset, size)], dst_gmem.at[(pl.ds(row + offset, size), *columns)],
-                                commit_group=False)
+        plgpu.copy_smem_to_gmem(
+            src_smem.at[pl.ds(offset, size)], dst_gmem.at[(pl.ds(row + offset, size), *columns)], commit_group=False
+        )
 
     @pl.when(count == total)
     def _():
@@ -110,6 +112,7 @@ def store_rows(src_smem, dst_gmem, row, count, columns):
     @pl.when(count < total)
     def _():
         for size in _powers(total):
+
             @pl.when((count & size) != 0)
             def _(size=size):
                 copy(count & ~(2 * size - 1), size)

@@ -39,8 +39,7 @@ class MaskNet(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, *, dtype: str, rngs: nnx.Rngs):
         self.mask = MLP(inputs, [outputs], inputs, dtype=dtype, rngs=rngs)
-        bias = self.mask.layers[-1].bias
-        bias[...] = jnp.ones_like(bias[...])
+        self.mask.layers[-1].bias = nnx.Param(jnp.ones(inputs))
         self.compress = MLP(inputs, [outputs], outputs, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*rest inputs"]) -> Float[Array, "*rest outputs"]:

@@ -62,8 +62,21 @@ def gdpa(
       ValueError: shapes, dtypes, spans, activation or scales that don't fit, naming the argument and the numbers.
       NotImplementedError: the named implementation can't run this call.
     """
-    operands, static = _checked("gdpa", q, k, v, q_starts, q_lengths, kv_starts, kv_lengths, max_q_length,
-                                max_kv_length, activation, scale, post_scale)
+    operands, static = _checked(
+        "gdpa",
+        q,
+        k,
+        v,
+        q_starts,
+        q_lengths,
+        kv_starts,
+        kv_lengths,
+        max_q_length,
+        max_kv_length,
+        activation,
+        scale,
+        post_scale,
+    )
     return dispatch("gdpa", GDPA, implementation, *operands, **static)
 
 
@@ -91,25 +104,57 @@ def gdpa_block(
 
     Arguments, rows outside the samples and errors as in `gdpa`; eps > 0 is added to the variance and the mean square.
     """
-    operands, static = _checked("gdpa_block", q, k, v, q_starts, q_lengths, kv_starts, kv_lengths, max_q_length,
-                                max_kv_length, activation, scale, post_scale)
+    operands, static = _checked(
+        "gdpa_block",
+        q,
+        k,
+        v,
+        q_starts,
+        q_lengths,
+        kv_starts,
+        kv_lengths,
+        max_q_length,
+        max_kv_length,
+        activation,
+        scale,
+        post_scale,
+    )
     eps = check_scale("gdpa_block", "eps", eps)
     return dispatch("gdpa_block", GDPA_BLOCK, implementation, *operands, **static, eps=eps)
 
 
-def _checked(operator, q, k, v, q_starts, q_lengths, kv_starts, kv_lengths, max_q_length, max_kv_length, activation,
-             scale, post_scale):
+def _checked(
+    operator,
+    q,
+    k,
+    v,
+    q_starts,
+    q_lengths,
+    kv_starts,
+    kv_lengths,
+    max_q_length,
+    max_kv_length,
+    activation,
+    scale,
+    post_scale,
+):
     """Operands and static arguments as the implementations take them, after all checks."""
     q, k, v = map(jnp.asarray, (q, k, v))
     check_heads(operator, "q", q, k, v)
     check_float(operator, q=q, k=k, v=v)
-    q_starts, q_lengths, max_q_length = check_spans(operator, q_starts, q_lengths, rows=q.shape[0],
-                                                    max_length=max_q_length, prefix="q_")
-    kv_starts, kv_lengths, max_kv_length = check_spans(operator, kv_starts, kv_lengths, rows=k.shape[0],
-                                                       max_length=max_kv_length, prefix="kv_", may_coincide=True)
+    q_starts, q_lengths, max_q_length = check_spans(
+        operator, q_starts, q_lengths, rows=q.shape[0], max_length=max_q_length, prefix="q_"
+    )
+    kv_starts, kv_lengths, max_kv_length = check_spans(
+        operator, kv_starts, kv_lengths, rows=k.shape[0], max_length=max_kv_length, prefix="kv_", may_coincide=True
+    )
     if q_starts.shape != kv_starts.shape:
         raise ValueError(f"{operator}: q_starts has {q_starts.shape[0]} samples, kv_starts has {kv_starts.shape[0]}")
-    static = dict(max_q_length=max_q_length, max_kv_length=max_kv_length,
-                  activation=per_head(operator, activation, q.shape[1]), scale=check_scale(operator, "scale", scale),
-                  post_scale=check_scale(operator, "post_scale", post_scale))
+    static = dict(
+        max_q_length=max_q_length,
+        max_kv_length=max_kv_length,
+        activation=per_head(operator, activation, q.shape[1]),
+        scale=check_scale(operator, "scale", scale),
+        post_scale=check_scale(operator, "post_scale", post_scale),
+    )
     return (q, k, v, q_starts, q_lengths, kv_starts, kv_lengths), static

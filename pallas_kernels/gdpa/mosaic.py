@@ -32,8 +32,23 @@ def unsupported(q, k, v, *spans, **static) -> str | None:
     return hopper.unsupported_device() or hopper.unsupported_operands(q=q, k=k, v=v)
 
 
-def mosaic_gpu(q, k, v, q_starts, q_lengths, kv_starts, kv_lengths, *, max_q_length, max_kv_length, activation, scale,
-               post_scale, sms: int | None = None, interpret=None):
+def mosaic_gpu(
+    q,
+    k,
+    v,
+    q_starts,
+    q_lengths,
+    kv_starts,
+    kv_lengths,
+    *,
+    max_q_length,
+    max_kv_length,
+    activation,
+    scale,
+    post_scale,
+    sms: int | None = None,
+    interpret=None,
+):
     """See `gdpa`."""
     sms = hopper.sm_count() if sms is None else sms
     static = Static(max_q_length, max_kv_length, activation, scale, post_scale, sms, interpret)
@@ -49,13 +64,25 @@ def _forward(static: Static, q, k, v, *spans):
     if 0 in (static.max_q_length, static.max_kv_length):
         return jnp.zeros_like(q)
     tiles = forward_tiles(
-        width=q.shape[2], heads=q.shape[1], samples=spans[0].shape[0], max_q_length=static.max_q_length,
-        max_kv_length=static.max_kv_length, sms=static.sms,
+        width=q.shape[2],
+        heads=q.shape[1],
+        samples=spans[0].shape[0],
+        max_q_length=static.max_q_length,
+        max_kv_length=static.max_kv_length,
+        sms=static.sms,
     )
     schedule = make_schedule(*spans, rows=q.shape[0], max_q_length=static.max_q_length, q_chunk=tiles.q_chunk)
     out = gdpa_forward(
-        q, k, v, schedule, activation=static.activation, scale=static.scale, post_scale=static.post_scale, tiles=tiles,
-        sms=static.sms, interpret=static.interpret,
+        q,
+        k,
+        v,
+        schedule,
+        activation=static.activation,
+        scale=static.scale,
+        post_scale=static.post_scale,
+        tiles=tiles,
+        sms=static.sms,
+        interpret=static.interpret,
     )
     return vary_together(out, q)[0]
 

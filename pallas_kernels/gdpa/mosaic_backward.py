@@ -54,20 +54,35 @@ def gdpa_backward(
         return jnp.zeros_like(q), jnp.zeros_like(k), jnp.zeros_like(v)
     fused = is_fused(samples=q_starts.shape[0], kv_heads=k.shape[1], max_kv_length=max_kv_length, sms=sms)
     return ROUTES[fused](
-        q, k, v, do.astype(q.dtype), q_starts, q_lengths, kv_starts, kv_lengths, activation=activation, scale=scale,
-        post_scale=post_scale, max_q_length=max_q_length, max_kv_length=max_kv_length, sms=sms, interpret=interpret,
+        q,
+        k,
+        v,
+        do.astype(q.dtype),
+        q_starts,
+        q_lengths,
+        kv_starts,
+        kv_lengths,
+        activation=activation,
+        scale=scale,
+        post_scale=post_scale,
+        max_q_length=max_q_length,
+        max_kv_length=max_kv_length,
+        sms=sms,
+        interpret=interpret,
     )
 
 
-def _by_fused(q, k, v, do, q_starts, q_lengths, kv_starts, kv_lengths, *, max_q_length, max_kv_length, sms=None,
-              **static):
+def _by_fused(
+    q, k, v, do, q_starts, q_lengths, kv_starts, kv_lengths, *, max_q_length, max_kv_length, sms=None, **static
+):
     by_key = make_schedule(kv_starts, kv_lengths, q_starts, q_lengths, rows=k.shape[0], max_q_length=max_kv_length)
     q_fills = row_fills(q_starts, jnp.where(kv_lengths > 0, q_lengths, 0), q.shape[0])
     return gdpa_fused_backward(q, k, v, do, by_key, q_fills, sms=sms or hopper.sm_count(), **static)
 
 
-def _by_split(q, k, v, do, q_starts, q_lengths, kv_starts, kv_lengths, *, max_q_length, max_kv_length, sms=None,
-              **static):
+def _by_split(
+    q, k, v, do, q_starts, q_lengths, kv_starts, kv_lengths, *, max_q_length, max_kv_length, sms=None, **static
+):
     sms = sms or hopper.sm_count()
     queries, keys = (q_starts, q_lengths), (kv_starts, kv_lengths)
     chunk = _q_chunk(samples=q_starts.shape[0], heads=q.shape[1], max_q_length=max_q_length, sms=sms)

@@ -135,8 +135,11 @@ def load_rows(source_gmem, tile_tma, row, count, columns, barrier):
 
     def part():
         for size in _SIZES:
-            lax.cond((count & size) != 0, lambda size=size: copy(count & ~(2 * size - 1), size),
-                     lambda: plgpu.barrier_arrive(barrier))
+            lax.cond(
+                (count & size) != 0,
+                lambda size=size: copy(count & ~(2 * size - 1), size),
+                lambda: plgpu.barrier_arrive(barrier),
+            )
 
     lax.cond(count >= TILE, full, part)
 

@@ -28,25 +28,51 @@ KEYS = COMPUTE * TILE  # keys of one pass
 STAGES, DS_SLOTS = 2, 4  # tiles of queries, and of dS, in shared memory
 
 
-def gdpa_fused_backward(q, k, v, do, schedule: Schedule, q_fills, *, activation: tuple[str, ...], scale: float,
-                        post_scale: float, sms: int, interpret=None):
+def gdpa_fused_backward(
+    q,
+    k,
+    v,
+    do,
+    schedule: Schedule,
+    q_fills,
+    *,
+    activation: tuple[str, ...],
+    scale: float,
+    post_scale: float,
+    sms: int,
+    interpret=None,
+):
     """(dq, dk, dv). The schedule is that of the keys in whole samples: items are key row, key rows, query row, query
     rows. q_fills: `row_fills` of the rows of dq that no item writes."""
     scratch = fused_scratch(q.dtype, q.shape[2] // hopper.PANEL, interpret=interpret)
     body = functools.partial(
-        _fused, activations=common.kernel_activations(activation, scale, post_scale, q.dtype), names=activation,
-        sms=sms, interpret=interpret,
+        _fused,
+        activations=common.kernel_activations(activation, scale, post_scale, q.dtype),
+        names=activation,
+        sms=sms,
+        interpret=interpret,
     )
-    return common.persistent(body, name="gdpa_backward", out_type=[common.like(x) for x in (q, k, v)], scratch=scratch,
-                             sms=sms, interpret=interpret, operands=(*schedule, q_fills, q, k, v, do))
+    return common.persistent(
+        body,
+        name="gdpa_backward",
+        out_type=[common.like(x) for x in (q, k, v)],
+        scratch=scratch,
+        sms=sms,
+        interpret=interpret,
+        operands=(*schedule, q_fills, q, k, v, do),
+    )
 
 
 def fused_scratch(dtype, panels: int, *, interpret) -> dict:
     buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
     stream, held = (STAGES, panels, TILE, hopper.PANEL), (COMPUTE, panels, TILE, hopper.PANEL)
     return dict(
-        q_smem=buffer(stream), do_smem=buffer(stream), k_smem=buffer(held), v_smem=buffer(held),
-        ds_smem=buffer((DS_SLOTS, COMPUTE, TILE, hopper.PANEL)), dq_smem=buffer(held),
+        q_smem=buffer(stream),
+        do_smem=buffer(stream),
+        k_smem=buffer(held),
+        v_smem=buffer(held),
+        ds_smem=buffer((DS_SLOTS, COMPUTE, TILE, hopper.PANEL)),
+        dq_smem=buffer(held),
         q_full=plgpu.Barrier(num_arrivals=2 * panels, num_barriers=STAGES),
         q_empty=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=STAGES),
         kv_full=plgpu.Barrier(num_arrivals=2 * panels * COMPUTE),
@@ -60,10 +86,40 @@ def fused_scratch(dtype, panels: int, *, interpret) -> dict:
     )
 
 
-def _fused(items_gmem, kv_fills_gmem, counts_gmem, q_fills_gmem, q_gmem, k_gmem, v_gmem, do_gmem, dq_gmem, dk_gmem,
-           dv_gmem, *, q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, q_full, q_empty, kv_full,
-           kv_empty, ds_full, ds_empty, dq_full, dq_empty, pass_stored, tail_zeroed, activations, names, sms,
-           interpret):
+def _fused(
+    items_gmem,
+    kv_fills_gmem,
+    counts_gmem,
+    q_fills_gmem,
+    q_gmem,
+    k_gmem,
+    v_gmem,
+    do_gmem,
+    dq_gmem,
+    dk_gmem,
+    dv_gmem,
+    *,
+    q_smem,
+    do_smem,
+    k_smem,
+    v_smem,
+    ds_smem,
+    dq_smem,
+    q_full,
+    q_empty,
+    kv_full,
+    kv_empty,
+    ds_full,
+    ds_empty,
+    dq_full,
+    dq_empty,
+    pass_stored,
+    tail_zeroed,
+    activations,
+    names,
+    sms,
+    interpret,
+):
     kv_heads, width = k_gmem.shape[1:]
     group, panels, dtype = q_gmem.shape[1] // kv_heads, width // hopper.PANEL, q_gmem.dtype
     views = (hopper.row_views(x, interpret=interpret) for x in (q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem))
@@ -100,8 +156,9 @@ def _fused(items_gmem, kv_fills_gmem, counts_gmem, q_fills_gmem, q_gmem, k_gmem,
                     for p in range(panels):
                         for source, target in ((k_gmem, k_tma), (v_gmem, v_tma)):
                             rows = pl.ds(kv_row + b * KEYS + w * TILE, TILE)
-                            plgpu.copy_gmem_to_smem(source.at[(rows, *common.panel_columns(kv_head, p))],
-                                                    target.at[w, p], kv_full)
+                            plgpu.copy_gmem_to_smem(
+                                source.at[(rows, *common.panel_columns(kv_head, p))], target.at[w, p], kv_full
+                            )
 
                 def load_tile(n, _):
                     g, t = group_and_tile(n - passed, tiles)
@@ -113,8 +170,11 @@ def _fused(items_gmem, kv_fills_gmem, counts_gmem, q_fills_gmem, q_gmem, k_gmem,
 
                     for p in range(panels):
                         for source, target in ((q_gmem, q_tma), (do_gmem, do_tma)):
-                            plgpu.copy_gmem_to_smem(source.at[(pl.ds(row, TILE), *common.panel_columns(head, p))],
-                                                    target.at[slot, p], q_full.at[slot])
+                            plgpu.copy_gmem_to_smem(
+                                source.at[(pl.ds(row, TILE), *common.panel_columns(head, p))],
+                                target.at[slot, p],
+                                q_full.at[slot],
+                            )
 
                     @pl.when(b > 0)
                     def _():
@@ -202,8 +262,11 @@ def _fused(items_gmem, kv_fills_gmem, counts_gmem, q_fills_gmem, q_gmem, k_gmem,
                     def product(acc):
                         for half in range(COMPUTE):
                             for p in range(panels):
-                                plgpu.wgmma(common.acc_panel(acc, p, panels), ds_mma.at[slot, half].transpose((1, 0)),
-                                            k_mma.at[first + half, p])
+                                plgpu.wgmma(
+                                    common.acc_panel(acc, p, panels),
+                                    ds_mma.at[slot, half].transpose((1, 0)),
+                                    k_mma.at[first + half, p],
+                                )
                         return acc[...]
 
                     dq = pl.run_scoped(product, plgpu.ACC((TILE, width), jnp.float32))
@@ -225,8 +288,13 @@ def _fused(items_gmem, kv_fills_gmem, counts_gmem, q_fills_gmem, q_gmem, k_gmem,
                             plgpu.barrier_arrive(dq_empty.at[w])
 
                     g, t = group_and_tile(n - passed, tiles)
-                    common.store_tile(ds_tma.at[slot, pl.ds(0, panels)], dq_gmem, q_row + t * TILE,
-                                      kv_head * group + g, q_rows - t * TILE)
+                    common.store_tile(
+                        ds_tma.at[slot, pl.ds(0, panels)],
+                        dq_gmem,
+                        q_row + t * TILE,
+                        kv_head * group + g,
+                        q_rows - t * TILE,
+                    )
 
             def add_stored(dq, w, staging):
                 def add(new, stored):
@@ -297,7 +365,7 @@ def _fused(items_gmem, kv_fills_gmem, counts_gmem, q_fills_gmem, q_gmem, k_gmem,
             for value, factor, target in ((dk, slope_post, dq_mma), (dv, post, v_mma)):
                 common.stage(value, factor, target.at[warpgroup])
             plgpu.commit_smem()
-            kv_row, kv_rows, *_, kv_head, _ = read_item(*common.hold(turn))  # read again, to free registers
+            kv_row, kv_rows, *_rest, kv_head, _next = read_item(*common.hold(turn))  # read again, to free registers
             first = b * KEYS + warpgroup * TILE
             rows = jnp.clip(kv_rows - first, 0, TILE)
             for source, target in ((dq_tma, dk_gmem), (v_tma, dv_gmem)):

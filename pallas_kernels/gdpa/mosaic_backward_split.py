@@ -27,25 +27,49 @@ from pallas_kernels.gdpa.schedule import Schedule, dealt, dealt_item
 KV_BLOCK = 128  # keys of one step of the dq kernel, and of one item of the dk, dv kernel
 
 
-def gdpa_dkv(q, k, v, do, schedule: Schedule, *, activation: tuple[str, ...], scale: float, post_scale: float,
-             sms: int, interpret=None):
+def gdpa_dkv(
+    q,
+    k,
+    v,
+    do,
+    schedule: Schedule,
+    *,
+    activation: tuple[str, ...],
+    scale: float,
+    post_scale: float,
+    sms: int,
+    interpret=None,
+):
     """(dk, dv). The schedule is that of the keys, cut into chunks of KV_BLOCK: items are key row, key rows, query row,
     query rows."""
     width = q.shape[2]
     scratch = dkv_scratch(q.dtype, width // hopper.PANEL, stages=2 if width == 128 else 4, interpret=interpret)
     body = functools.partial(
-        _dkv, activations=common.kernel_activations(activation, scale, post_scale, q.dtype), names=activation, sms=sms,
+        _dkv,
+        activations=common.kernel_activations(activation, scale, post_scale, q.dtype),
+        names=activation,
+        sms=sms,
         interpret=interpret,
     )
-    return common.persistent(body, name="gdpa_dkv", out_type=[common.like(k), common.like(v)], scratch=scratch, sms=sms,
-                             interpret=interpret, operands=(*schedule, q, k, v, do))
+    return common.persistent(
+        body,
+        name="gdpa_dkv",
+        out_type=[common.like(k), common.like(v)],
+        scratch=scratch,
+        sms=sms,
+        interpret=interpret,
+        operands=(*schedule, q, k, v, do),
+    )
 
 
 def dkv_scratch(dtype, panels: int, *, stages: int, interpret) -> dict:
     buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
     stream, held = (stages, panels, TILE, hopper.PANEL), (COMPUTE, 2, panels, TILE, hopper.PANEL)
     return dict(
-        q_smem=buffer(stream), do_smem=buffer(stream), k_smem=buffer(held), v_smem=buffer(held),
+        q_smem=buffer(stream),
+        do_smem=buffer(stream),
+        k_smem=buffer(held),
+        v_smem=buffer(held),
         q_full=plgpu.Barrier(num_arrivals=2 * panels, num_barriers=stages),
         q_empty=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
         kv_full=plgpu.Barrier(num_arrivals=2 * panels, num_barriers=COMPUTE * 2),
@@ -54,8 +78,31 @@ def dkv_scratch(dtype, panels: int, *, stages: int, interpret) -> dict:
     )
 
 
-def _dkv(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, do_gmem, dk_gmem, dv_gmem, *, q_smem, do_smem,
-         k_smem, v_smem, q_full, q_empty, kv_full, kv_empty, tail_zeroed, activations, names, sms, interpret):
+def _dkv(
+    items_gmem,
+    fills_gmem,
+    counts_gmem,
+    q_gmem,
+    k_gmem,
+    v_gmem,
+    do_gmem,
+    dk_gmem,
+    dv_gmem,
+    *,
+    q_smem,
+    do_smem,
+    k_smem,
+    v_smem,
+    q_full,
+    q_empty,
+    kv_full,
+    kv_empty,
+    tail_zeroed,
+    activations,
+    names,
+    sms,
+    interpret,
+):
     kv_heads, width = k_gmem.shape[1:]
     group, panels, dtype = q_gmem.shape[1] // kv_heads, width // hopper.PANEL, q_gmem.dtype
     stages, kv_slots = q_full.shape[0], 2
@@ -89,8 +136,11 @@ def _dkv(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, do_gmem, d
                 for p in range(panels):
                     for source, target in ((k_gmem, k_tma), (v_gmem, v_tma)):
                         rows = pl.ds(kv_row + w * TILE, TILE)
-                        plgpu.copy_gmem_to_smem(source.at[(rows, *common.panel_columns(kv_head, p))],
-                                                target.at[w, common.modulo(turn, kv_slots), p], kv_full.at[slot])
+                        plgpu.copy_gmem_to_smem(
+                            source.at[(rows, *common.panel_columns(kv_head, p))],
+                            target.at[w, common.modulo(turn, kv_slots), p],
+                            kv_full.at[slot],
+                        )
 
             def load_head(g, passed):
                 def load_tile(t, _):
@@ -200,24 +250,51 @@ def _dkv(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, do_gmem, d
         lax.fori_loop(0, my_items, item_body, zero)
         plgpu.wait_smem_to_gmem(0)
         # All items are done, and no copy into the first slots is under way.
-        common.fill_zeros(k_mma.at[warpgroup, 0, 0], k_tma.at[warpgroup, 0, 0], fills_gmem, (dk_gmem, dv_gmem),
-                          sm * COMPUTE + warpgroup, sms * COMPUTE)
+        common.fill_zeros(
+            k_mma.at[warpgroup, 0, 0],
+            k_tma.at[warpgroup, 0, 0],
+            fills_gmem,
+            (dk_gmem, dv_gmem),
+            sm * COMPUTE + warpgroup,
+            sms * COMPUTE,
+        )
         plgpu.wait_smem_to_gmem(0)
 
     lax.cond(warpgroup < COMPUTE, compute, memory)
 
 
-def gdpa_dq(q, k, v, do, schedule: Schedule, *, activation: tuple[str, ...], scale: float, post_scale: float, sms: int,
-            interpret=None):
+def gdpa_dq(
+    q,
+    k,
+    v,
+    do,
+    schedule: Schedule,
+    *,
+    activation: tuple[str, ...],
+    scale: float,
+    post_scale: float,
+    sms: int,
+    interpret=None,
+):
     """dq. The schedule is that of the queries, cut into chunks of any length: items are query row, query rows, key row,
     key rows."""
     scratch = dq_scratch(q.dtype, q.shape[2] // hopper.PANEL, interpret=interpret)
     body = functools.partial(
-        _dq, activations=common.kernel_activations(activation, scale, post_scale, q.dtype), names=activation, sms=sms,
+        _dq,
+        activations=common.kernel_activations(activation, scale, post_scale, q.dtype),
+        names=activation,
+        sms=sms,
         interpret=interpret,
     )
-    return common.persistent(body, name="gdpa_dq", out_type=common.like(q), scratch=scratch, sms=sms,
-                             interpret=interpret, operands=(*schedule, q, k, v, do))
+    return common.persistent(
+        body,
+        name="gdpa_dq",
+        out_type=common.like(q),
+        scratch=scratch,
+        sms=sms,
+        interpret=interpret,
+        operands=(*schedule, q, k, v, do),
+    )
 
 
 def dq_scratch(dtype, panels: int, *, interpret) -> dict:
@@ -225,7 +302,10 @@ def dq_scratch(dtype, panels: int, *, interpret) -> dict:
     buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
     held, stream = (COMPUTE, q_slots, panels, TILE, hopper.PANEL), (kv_slots, panels, KV_BLOCK, hopper.PANEL)
     return dict(
-        q_smem=buffer(held), do_smem=buffer(held), k_smem=buffer(stream), v_smem=buffer(stream),
+        q_smem=buffer(held),
+        do_smem=buffer(held),
+        k_smem=buffer(stream),
+        v_smem=buffer(stream),
         out_smem=hopper.store_buffer((COMPUTE, panels, TILE, hopper.PANEL), dtype),
         q_full=plgpu.Barrier(num_arrivals=2 * panels, num_barriers=COMPUTE * q_slots),
         q_empty=plgpu.Barrier(num_arrivals=1, num_barriers=COMPUTE * q_slots),
@@ -235,8 +315,31 @@ def dq_scratch(dtype, panels: int, *, interpret) -> dict:
     )
 
 
-def _dq(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, do_gmem, dq_gmem, *, q_smem, do_smem, k_smem,
-        v_smem, out_smem, q_full, q_empty, kv_full, kv_empty, tail_zeroed, activations, names, sms, interpret):
+def _dq(
+    items_gmem,
+    fills_gmem,
+    counts_gmem,
+    q_gmem,
+    k_gmem,
+    v_gmem,
+    do_gmem,
+    dq_gmem,
+    *,
+    q_smem,
+    do_smem,
+    k_smem,
+    v_smem,
+    out_smem,
+    q_full,
+    q_empty,
+    kv_full,
+    kv_empty,
+    tail_zeroed,
+    activations,
+    names,
+    sms,
+    interpret,
+):
     heads, width = q_gmem.shape[1:]
     group, panels, dtype = heads // k_gmem.shape[1], width // hopper.PANEL, q_gmem.dtype
     kv_slots, q_slots = kv_full.shape[0], q_full.shape[0] // COMPUTE
@@ -280,8 +383,11 @@ def _dq(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, do_gmem, dq
                         for p in range(panels):
                             for source, target in ((q_gmem, q_tma), (do_gmem, do_tma)):
                                 rows = pl.ds(q_row + offset, TILE)
-                                plgpu.copy_gmem_to_smem(source.at[(rows, *common.panel_columns(head, p))],
-                                                        target.at[w, slot, p], q_full.at[barrier])
+                                plgpu.copy_gmem_to_smem(
+                                    source.at[(rows, *common.panel_columns(head, p))],
+                                    target.at[w, slot, p],
+                                    q_full.at[barrier],
+                                )
 
                     q_counts[w] += (offset < q_rows).astype(jnp.int32)
 
@@ -298,8 +404,9 @@ def _dq(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, do_gmem, dq
                             for source, target in ((k_gmem, k_tma), (v_gmem, v_tma)):
                                 rows = pl.ds(kv_row + j * KV_BLOCK, KV_BLOCK)
                                 columns = common.panel_columns(lax.div(head, group), p)
-                                plgpu.copy_gmem_to_smem(source.at[(rows, *columns)], target.at[slot, p],
-                                                        kv_full.at[slot])
+                                plgpu.copy_gmem_to_smem(
+                                    source.at[(rows, *columns)], target.at[slot, p], kv_full.at[slot]
+                                )
 
                     lax.fori_loop(0, blocks, load_block, None)
 

@@ -43,8 +43,19 @@ class Step(NamedTuple):
     tile_ends: Any  # last block of keys for the tile
 
 
-def gdpa_forward(q, k, v, schedule: Schedule, *, activation: tuple[str, ...], scale: float, post_scale: float,
-                 tiles: ForwardTiles, sms: int, interpret=None):
+def gdpa_forward(
+    q,
+    k,
+    v,
+    schedule: Schedule,
+    *,
+    activation: tuple[str, ...],
+    scale: float,
+    post_scale: float,
+    tiles: ForwardTiles,
+    sms: int,
+    interpret=None,
+):
     """out [N, H, D] of `gdpa`. The schedule is `make_schedule`'s for tiles.q_chunk. sms: blocks of the grid."""
     panels = q.shape[2] // hopper.PANEL
     scratch = forward_scratch(q.dtype, panels, tiles, interpret=interpret)
@@ -61,9 +72,7 @@ def gdpa_forward(q, k, v, schedule: Schedule, *, activation: tuple[str, ...], sc
         num_threads=tiles.compute + 1,
         thread_name="warpgroup",
         scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         kernel_name="gdpa_forward",
         interpret=interpret,
     )(*schedule, q, k, v)
@@ -88,9 +97,33 @@ def forward_scratch(dtype, panels: int, tiles: ForwardTiles, *, interpret) -> di
     )
 
 
-def _kernel(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, out_gmem, *, q_smem, k_smem, v_smem, out_smem,
-            q_full, q_empty, k_full, k_empty, v_full, v_empty, tail_full, activation, scale, post_scale, tiles, sms,
-            interpret):
+def _kernel(
+    items_gmem,
+    fills_gmem,
+    counts_gmem,
+    q_gmem,
+    k_gmem,
+    v_gmem,
+    out_gmem,
+    *,
+    q_smem,
+    k_smem,
+    v_smem,
+    out_smem,
+    q_full,
+    q_empty,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    tail_full,
+    activation,
+    scale,
+    post_scale,
+    tiles,
+    sms,
+    interpret,
+):
     _, heads, width = q_gmem.shape
     group = heads // k_gmem.shape[1]
     dtype, panels, block = q_gmem.dtype, width // hopper.PANEL, tiles.kv_block
@@ -151,8 +184,11 @@ def _kernel(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, out_gme
             for w in range(tiles.compute):
                 row = item[0] + tile * tiles.q_rows + w * WARPGROUP_ROWS
                 for p in range(panels):
-                    plgpu.copy_gmem_to_smem(q_gmem.at[(pl.ds(row, WARPGROUP_ROWS), *columns(item[4], p))],
-                                            q_tma.at[slot, w, p], q_full.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        q_gmem.at[(pl.ds(row, WARPGROUP_ROWS), *columns(item[4], p))],
+                        q_tma.at[slot, w, p],
+                        q_full.at[slot],
+                    )
 
         def load_kv(item, n, j):
             slot, head, row = kv_slot(n), lax.div(item[4], group), item[2] + j * block
@@ -163,8 +199,9 @@ def _kernel(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, out_gme
                     plgpu.barrier_wait(empty.at[slot])
 
                 for p in range(panels):
-                    plgpu.copy_gmem_to_smem(source.at[(pl.ds(row, block), *columns(head, p))], target.at[slot, p],
-                                            full.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        source.at[(pl.ds(row, block), *columns(head, p))], target.at[slot, p], full.at[slot]
+                    )
 
             load(k_gmem, k_tma, k_full, k_empty)
             rows = item[3] - j * block
@@ -182,7 +219,7 @@ def _kernel(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, out_gme
                 for p in range(panels):
                     hopper.load_rows_zero_tail(v_gmem, v_tma.at[slot, p], row, rows, columns(head, p), tail_full)
                 plgpu.barrier_wait(tail_full)
-                for _ in range(panels):
+                for _panel in range(panels):
                     plgpu.barrier_arrive(v_full.at[slot])
 
         def load_item(turn, counters):
@@ -295,14 +332,23 @@ def _kernel(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, out_gme
             if tiles.resident:
                 first_pass, last_pass = t == 0, t == q_tiles - 1
                 following = Step(
-                    q_count + t_next, jnp.where(inside, kv_count, kv_count_next) + j_next, tile_ends,
-                    jnp.where(inside, t_next == q_tiles - 1, q_tiles_next == 1), (t_next == 0) | ~inside,
+                    q_count + t_next,
+                    jnp.where(inside, kv_count, kv_count_next) + j_next,
+                    tile_ends,
+                    jnp.where(inside, t_next == q_tiles - 1, q_tiles_next == 1),
+                    (t_next == 0) | ~inside,
                     j_next + 1 == jnp.where(inside, blocks, blocks_next),
                 )
             else:
                 first_pass = last_pass = True
-                following = Step(q_count + t_next, kv_number + 1, tile_ends, True, True,
-                                 j_next + 1 == jnp.where(inside, blocks, blocks_next))
+                following = Step(
+                    q_count + t_next,
+                    kv_number + 1,
+                    tile_ends,
+                    True,
+                    True,
+                    j_next + 1 == jnp.where(inside, blocks, blocks_next),
+                )
             live = inside | another
             v_at = kv_slot(kv_number)
             when(first_pass, lambda: plgpu.barrier_wait(v_full.at[v_at]))
@@ -350,9 +396,7 @@ def _kernel(items_gmem, fills_gmem, counts_gmem, q_gmem, k_gmem, v_gmem, out_gme
         gaps = fills_gmem.shape[0] - 1
         worker, workers = sm * tiles.compute + warpgroup, sms * tiles.compute
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        out_smem[warpgroup, 0] = plgpu.layout_cast(
-            jnp.zeros((WARPGROUP_ROWS, hopper.PANEL), dtype), plgpu.Layout.WGMMA
-        )
+        out_smem[warpgroup, 0] = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, hopper.PANEL), dtype), plgpu.Layout.WGMMA)
         plgpu.commit_smem()
 
         def fill(row, count):

@@ -26,8 +26,9 @@ class Schedule(NamedTuple):
     counts: jax.Array
 
 
-def make_schedule(q_starts, q_lengths, kv_starts, kv_lengths, *, rows: int, max_q_length: int,
-                  q_chunk: int | None = None) -> Schedule:
+def make_schedule(
+    q_starts, q_lengths, kv_starts, kv_lengths, *, rows: int, max_q_length: int, q_chunk: int | None = None
+) -> Schedule:
     """Schedule of a query-stationary kernel over samples that have queries and keys.
 
     rows: of the output. q_chunk: longest run of query rows in one item (None: whole samples).

@@ -28,8 +28,12 @@ class ForwardTiles:
     q_chunk: int | None = None
 
     def __post_init__(self):
-        for name, allowed in (("kv_block", (64, 128)), ("compute", (1, 2)), ("kv_slots", range(1, 17)),
-                              ("q_slots", range(1, 9))):
+        for name, allowed in (
+            ("kv_block", (64, 128)),
+            ("compute", (1, 2)),
+            ("kv_slots", range(1, 17)),
+            ("q_slots", range(1, 9)),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"ForwardTiles: {name}={getattr(self, name)} must be in {tuple(allowed)}")
         if self.q_chunk is not None and (self.q_chunk <= 0 or self.q_chunk % self.q_rows):
@@ -41,8 +45,9 @@ class ForwardTiles:
         return self.compute * WARPGROUP_ROWS
 
 
-def forward_tiles(*, width: int, heads: int, samples: int, max_q_length: int, max_kv_length: int,
-                  sms: int) -> ForwardTiles:
+def forward_tiles(
+    *, width: int, heads: int, samples: int, max_q_length: int, max_kv_length: int, sms: int
+) -> ForwardTiles:
     """The forward kernel's tiles for a call."""
     kv_block = 64 if max_kv_length <= 64 else 128
     per_block = kv_block * width * 2 * 2  # K and V, 16-bit

@@ -43,8 +43,9 @@ def unsupported(*args, **kwargs) -> str | None:
     return None
 
 
-def xla(q, k, v, q_starts, q_lengths, kv_starts, kv_lengths, *, max_q_length, max_kv_length, activation, scale,
-        post_scale):
+def xla(
+    q, k, v, q_starts, q_lengths, kv_starts, kv_lengths, *, max_q_length, max_kv_length, activation, scale, post_scale
+):
     """See `gdpa`."""
     static = Static(max_q_length, max_kv_length, activation, scale, post_scale)
     return _gdpa(static, *vary_together(q, k, v, q_starts, q_lengths, kv_starts, kv_lengths))

@@ -75,8 +75,7 @@ def random_embedded(schema, rng, **kwargs) -> EmbeddedBatch:
 
     events = {
         e.name: batch.events[e.name].with_values(
-            batch.events[e.name].values
-            | {f.name: embedding(f, batch.events[e.name].values[f.name]) for f in e.sparse}
+            batch.events[e.name].values | {f.name: embedding(f, batch.events[e.name].values[f.name]) for f in e.sparse}
         )
         for e in schema.events
     }

@@ -87,9 +87,7 @@ def test_restores_every_bit_into_the_same_structure(checkpoints):
     assert restored.step == 10
     assert restored.data_state == {"batches": 7}
     assert restored.meta == {"ne": 0.83}
-    np.testing.assert_array_equal(
-        jax.random.normal(restored.state["key"], (3,)), jax.random.normal(state["key"], (3,))
-    )
+    np.testing.assert_array_equal(jax.random.normal(restored.state["key"], (3,)), jax.random.normal(state["key"], (3,)))
 
 
 def test_the_latest_or_a_named_step_is_restored_and_old_ones_go(checkpoints):

@@ -56,8 +56,20 @@ class _Buffers:
 
 
 @gpu_callbacks.fail_on_exception
-def _wgmma(*, token, mesh_location, thread, acc, acc_transforms, a, a_transforms, a_in_memory, b, b_transforms,
-           source_info=None):
+def _wgmma(
+    *,
+    token,
+    mesh_location,
+    thread,
+    acc,
+    acc_transforms,
+    a,
+    a_transforms,
+    a_in_memory,
+    b,
+    b_transforms,
+    source_info=None,
+):
     buffers = _Buffers(mesh_location, thread, source_info)
     a = buffers.read(*buffers.locate(a, a_transforms)) if a_in_memory else np.asarray(a)
     b = buffers.read(*buffers.locate(b, b_transforms))
@@ -80,8 +92,17 @@ def _interpret_wgmma(self, eqn, token, get_invals):
     b, b_t = jaxpr_interpret.resolve_ref(eqn.invars[2].aval, b, b_t)
     call = functools.partial(_wgmma, a_in_memory=a_in_memory, source_info=eqn.source_info)
     return callback.io_callback(
-        call, gpu_callbacks.TOKEN_SHAPE_DTYPE, token=token, mesh_location=self.mesh_location, thread=self.thread,
-        acc=acc, acc_transforms=acc_t, a=a, a_transforms=a_t, b=b, b_transforms=b_t,
+        call,
+        gpu_callbacks.TOKEN_SHAPE_DTYPE,
+        token=token,
+        mesh_location=self.mesh_location,
+        thread=self.thread,
+        acc=acc,
+        acc_transforms=acc_t,
+        a=a,
+        a_transforms=a_t,
+        b=b,
+        b_transforms=b_t,
     ), []
 
 
@@ -119,8 +140,15 @@ def _store_accumulator(*, token, mesh_location, thread, key, value, source_info=
 def _interpret_store_accumulator(self, eqn, token, get_invals):
     acc, value = get_invals()
     call = functools.partial(_store_accumulator, source_info=eqn.source_info)
-    token = callback.io_callback(call, gpu_callbacks.TOKEN_SHAPE_DTYPE, token=token, mesh_location=self.mesh_location,
-                                 thread=self.thread, key=acc, value=value)
+    token = callback.io_callback(
+        call,
+        gpu_callbacks.TOKEN_SHAPE_DTYPE,
+        token=token,
+        mesh_location=self.mesh_location,
+        thread=self.thread,
+        key=acc,
+        value=value,
+    )
     return token, value
 
 
@@ -140,6 +168,9 @@ def install() -> None:
         "          token, out = self._interpret_store_accumulator(eqn, token, deferred_invals)\n"
     )
     namespace: dict = {}
-    exec(compile(source.replace(default, case + default), "<interpreter patch>", "exec"),
-         jaxpr_interpret.__dict__, namespace)
+    exec(
+        compile(source.replace(default, case + default), "<interpreter patch>", "exec"),
+        jaxpr_interpret.__dict__,
+        namespace,
+    )
     interpreter.interpret = namespace["interpret"]

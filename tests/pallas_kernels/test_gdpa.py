@@ -54,8 +54,20 @@ def compiled(operator, implementation, activation, scale=0.5, post_scale=0.7):
     @jax.jit
     def run(q, k, v, do, spans):
         out, pull = jax.vjp(
-            lambda *x: operator(*x, **spans, max_q_length=LONGEST, max_kv_length=KV_LONGEST, activation=activation,
-                                scale=scale, post_scale=post_scale, implementation=implementation), q, k, v)
+            lambda *x: operator(
+                *x,
+                **spans,
+                max_q_length=LONGEST,
+                max_kv_length=KV_LONGEST,
+                activation=activation,
+                scale=scale,
+                post_scale=post_scale,
+                implementation=implementation,
+            ),
+            q,
+            k,
+            v,
+        )
         return dict(zip(("out", *NAMES), (out, *pull(do)), strict=True))
 
     return run
@@ -97,9 +109,14 @@ def test_values_are_those_of_plain_loops(implementation):
 def test_activations(name):
     x = jnp.concatenate([jnp.linspace(-6, 6, 96), jnp.linspace(-1e-3, 1e-3, 10)])
     theirs = {
-        "identity": lambda x: x, "relu": jax.nn.relu, "relu2": lambda x: jax.nn.relu(x) ** 2,
-        "leaky_relu": lambda x: jax.nn.leaky_relu(x, 0.01), "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-        "gelu_tanh": jax.nn.gelu, "silu": jax.nn.silu, "hardswish": jax.nn.hard_swish,
+        "identity": lambda x: x,
+        "relu": jax.nn.relu,
+        "relu2": lambda x: jax.nn.relu(x) ** 2,
+        "leaky_relu": lambda x: jax.nn.leaky_relu(x, 0.01),
+        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+        "gelu_tanh": jax.nn.gelu,
+        "silu": jax.nn.silu,
+        "hardswish": jax.nn.hard_swish,
     }[name]
     value, slope = ACTIVATIONS[name](x)
     np.testing.assert_allclose(value, theirs(x), atol=1e-5)
@@ -141,8 +158,19 @@ def test_reference_counts_the_operators_products():
     spans = jnp.arange(samples, dtype=jnp.int32)
 
     def f(q, k, v, starts, lengths):
-        return gdpa(q, k, v, q_starts=starts, q_lengths=lengths, kv_starts=starts, kv_lengths=lengths,
-                    max_q_length=lq, max_kv_length=lkv, activation="identity", implementation="reference")
+        return gdpa(
+            q,
+            k,
+            v,
+            q_starts=starts,
+            q_lengths=lengths,
+            kv_starts=starts,
+            kv_lengths=lengths,
+            max_q_length=lq,
+            max_kv_length=lkv,
+            activation="identity",
+            implementation="reference",
+        )
 
     cost = jax.jit(f).lower(*shapes, spans, spans).compile().cost_analysis()
     products = 4 * samples * lq * lkv * heads * width

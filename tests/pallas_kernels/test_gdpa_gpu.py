@@ -84,8 +84,13 @@ def test_values_and_gradients(name):
     shape = CASES[name]
     operands, spans, inside = batch(0, **shape)
     activations = ("gelu_tanh", "silu", "gelu", "relu2", "hardswish", "leaky_relu", "relu", "identity")
-    static = dict(max_q_length=shape["lq"], max_kv_length=shape["lkv"], scale=0.2, post_scale=0.7,
-                  activation="gelu_tanh" if "resident-d128" in name else activations[: shape["heads"]])
+    static = dict(
+        max_q_length=shape["lq"],
+        max_kv_length=shape["lkv"],
+        scale=0.2,
+        post_scale=0.7,
+        activation="gelu_tanh" if "resident-d128" in name else activations[: shape["heads"]],
+    )
     got = value_and_gradients("mosaic_gpu", operands, spans, **static)
     again = value_and_gradients("mosaic_gpu", operands, spans, **static)
     with jax.default_matmul_precision("highest"):
@@ -93,8 +98,9 @@ def test_values_and_gradients(name):
         wanted = value_and_gradients("xla", wide, spans, **static)
     narrow = value_and_gradients("xla", operands, spans, **static)
     queries, keys = (spans["q_starts"], spans["q_lengths"]), (spans["kv_starts"], spans["kv_lengths"])
-    for what, a, b, c, d, where, rows in zip(("out", *NAMES), got, again, wanted, narrow,
-                                             (queries, queries, keys, keys), (0, 0, 1, 1), strict=True):
+    for what, a, b, c, d, where, rows in zip(
+        ("out", *NAMES), got, again, wanted, narrow, (queries, queries, keys, keys), (0, 0, 1, 1), strict=True
+    ):
         assert np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32)), f"{what}: two runs differ"
         assert not np.any(np.asarray(a, np.float32)[~inside[rows]]), f"{what}: not zero outside the samples"
         error, allowed = worst_error(a, c, *where), worst_error(d, c, *where)

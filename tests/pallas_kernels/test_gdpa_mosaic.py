@@ -118,8 +118,11 @@ def test_every_choice_fits_and_is_lowered(width, kv, samples):
     assert tiles.resident == (kv <= (256 if width == 128 else 512))
     if samples == 1152 and kv not in (64, 256, 1024):
         return  # the same kernel as a neighbour's
-    dtype, activation = (jnp.float16, ("gelu", "relu2", "silu", "hardswish")) if samples == 2 else (
-        jnp.bfloat16, ("gelu_tanh",) * heads)
+    dtype, activation = (
+        (jnp.float16, ("gelu", "relu2", "silu", "hardswish"))
+        if samples == 2
+        else (jnp.bfloat16, ("gelu_tanh",) * heads)
+    )
     spans = [jax.ShapeDtypeStruct((samples,), jnp.int32)] * 4
     q, k = (jax.ShapeDtypeStruct((samples * n, h, width), dtype) for n, h in ((lq, heads), (kv, 2)))
 
@@ -134,8 +137,17 @@ def test_tiles_beyond_shared_memory_are_refused():
     x, table = jnp.ones((128, 1, 128), jnp.bfloat16), jnp.zeros(1, jnp.int32)
     schedule = make_schedule(table, table, table, table, rows=128, max_q_length=128)
     with pytest.raises(ValueError, match=r"takes \d+ bytes of shared memory, sm_90 has 232448"):
-        gdpa_forward(x, x, x, schedule, activation=("relu",), scale=1.0, post_scale=1.0, sms=1,
-                     tiles=ForwardTiles(kv_block=128, kv_slots=3, q_slots=2, resident=True))
+        gdpa_forward(
+            x,
+            x,
+            x,
+            schedule,
+            activation=("relu",),
+            scale=1.0,
+            post_scale=1.0,
+            sms=1,
+            tiles=ForwardTiles(kv_block=128, kv_slots=3, q_slots=2, resident=True),
+        )
 
 
 # --- what the kernels refuse
@@ -222,8 +234,16 @@ def test_every_activation_interpreted(name):
     (q, k, v, _), spans = batch([40], [30], heads=1, kv_heads=1, width=64, dtype=jnp.bfloat16)
     static = dict(activation=(name,), scale=0.3, post_scale=1.0)
     tiles = ForwardTiles(kv_block=64, kv_slots=1, q_slots=1, resident=True)
-    out = gdpa_forward(q, k, v, make_schedule(*spans, rows=q.shape[0], max_q_length=40), **static, tiles=tiles, sms=1,
-                       interpret=interpreter.RACES)
+    out = gdpa_forward(
+        q,
+        k,
+        v,
+        make_schedule(*spans, rows=q.shape[0], max_q_length=40),
+        **static,
+        tiles=tiles,
+        sms=1,
+        interpret=interpreter.RACES,
+    )
     wanted = np.asarray(xla.forward(xla.Static(40, 30, *static.values()), q, k, v, *spans), np.float32)
     assert np.linalg.norm(np.asarray(out, np.float32) - wanted) <= 6e-3 * np.linalg.norm(wanted)
 

@@ -102,8 +102,12 @@ def _worst(grads, operands, spans, q_size, kv_size, activation, scale, post_scal
 def check(operands, spans, covered, *, activation, fused, scale=0.2, post_scale=1.5, interpret=None, sms=None):
     """Run one route; check values, and zeros outside the samples. Returns the gradients."""
     static = dict(activation=activation, scale=scale, post_scale=post_scale, interpret=interpret, sms=sms)
-    run = functools.partial(mosaic_backward.ROUTES[fused], max_q_length=int(spans["q_lengths"].max()),
-                            max_kv_length=int(spans["kv_lengths"].max()), **static)
+    run = functools.partial(
+        mosaic_backward.ROUTES[fused],
+        max_q_length=int(spans["q_lengths"].max()),
+        max_kv_length=int(spans["kv_lengths"].max()),
+        **static,
+    )
     grads = jax.jit(run)(*operands, *(jnp.asarray(spans[n]) for n in SPANS))
     worst = worst_errors(grads, operands, spans, activation, scale, post_scale)
     limit = LIMIT[operands[0].dtype.name]
@@ -127,8 +131,9 @@ INTERPRETED = {
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_interpreted_without_races(name):
     fused, dtype, width, heads, kv_heads, q_lengths, kv_lengths, activation = INTERPRETED[name]
-    case = inputs(1, width=width, heads=heads, kv_heads=kv_heads, q_lengths=q_lengths, kv_lengths=kv_lengths,
-                  dtype=dtype)
+    case = inputs(
+        1, width=width, heads=heads, kv_heads=kv_heads, q_lengths=q_lengths, kv_lengths=kv_lengths, dtype=dtype
+    )
     check(*case, activation=activation, fused=fused, interpret=interpreter.RACES, sms=SMS)
 
 
@@ -136,8 +141,16 @@ def test_no_keys_or_no_queries_anywhere():
     case = inputs(2, width=64, heads=1, kv_heads=1, q_lengths=(9, 0), kv_lengths=(0, 30), dtype="bfloat16")
     check(*case, activation=("identity",), fused=True, interpret=interpreter.RACES, sms=SMS)  # in slices
     operands, spans, _ = case
-    zeros = gdpa_backward(*operands, *(jnp.asarray(spans[n]) for n in SPANS), activation=("silu",), scale=1.0,
-                          post_scale=1.0, max_q_length=9, max_kv_length=0, sms=SMS)
+    zeros = gdpa_backward(
+        *operands,
+        *(jnp.asarray(spans[n]) for n in SPANS),
+        activation=("silu",),
+        scale=1.0,
+        post_scale=1.0,
+        max_q_length=9,
+        max_kv_length=0,
+        sms=SMS,
+    )
     for grad, x in zip(zeros, operands, strict=False):
         assert grad.shape == x.shape
         assert not grad.any()
@@ -151,8 +164,15 @@ def shapes(width, dtype, heads=4, kv_heads=4, rows=1000, samples=600):
 
 def lower(operands, *, max_kv_length, activation):
     def f(*operands):
-        return gdpa_backward(*operands, activation=activation, scale=0.1, post_scale=1.0, max_q_length=1000,
-                             max_kv_length=max_kv_length, sms=132)
+        return gdpa_backward(
+            *operands,
+            activation=activation,
+            scale=0.1,
+            post_scale=1.0,
+            max_q_length=1000,
+            max_kv_length=max_kv_length,
+            sms=132,
+        )
 
     return interpreter.lower_for_hopper(f, *operands)
 
@@ -165,10 +185,13 @@ def test_lowers_for_hopper(width, max_kv_length, kernels):
         assert kernel in text
 
 
-@pytest.mark.parametrize(("max_kv_length", "activation"), [
-    (256, tuple(ACTIVATIONS)),  # all at once, so that an unsupported operation in any shows
-    (1000, ("gelu", "gelu_tanh")),
-])
+@pytest.mark.parametrize(
+    ("max_kv_length", "activation"),
+    [
+        (256, tuple(ACTIVATIONS)),  # all at once, so that an unsupported operation in any shows
+        (1000, ("gelu", "gelu_tanh")),
+    ],
+)
 @pytest.mark.usefixtures("whole_tiles")
 def test_lowers_with_one_activation_per_head(max_kv_length, activation):
     heads = len(activation)
@@ -210,8 +233,10 @@ GPU_CASES = {
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("activation", [("gelu_tanh",) * 4, ("silu", "relu2", "gelu", "hardswish"),
-                                        ("identity", "relu", "leaky_relu", "silu")])
+@pytest.mark.parametrize(
+    "activation",
+    [("gelu_tanh",) * 4, ("silu", "relu2", "gelu", "hardswish"), ("identity", "relu", "leaky_relu", "silu")],
+)
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_compiled(name, activation, dtype):
     if jax.default_backend() != "gpu" or hopper.unsupported_device():
@@ -220,8 +245,9 @@ def test_compiled(name, activation, dtype):
     rng = np.random.default_rng(3)
     q_lengths, kv_lengths = (rng.integers(0, n + 1, 60) for n in (max_q, max_kv))
     q_lengths[:4], kv_lengths[:4] = (0, 1, max_q, 63), (5, max_kv, 0, 1)
-    case = inputs(4, width=width, heads=heads, kv_heads=kv_heads, q_lengths=q_lengths, kv_lengths=kv_lengths,
-                  dtype=dtype)
+    case = inputs(
+        4, width=width, heads=heads, kv_heads=kv_heads, q_lengths=q_lengths, kv_lengths=kv_lengths, dtype=dtype
+    )
     first = check(*case, activation=activation, fused=fused)
     again = check(*case, activation=activation, fused=fused)
     for name, a, b in zip(("dq", "dk", "dv"), first, again, strict=True):

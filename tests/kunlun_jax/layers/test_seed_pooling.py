@@ -66,9 +66,7 @@ def test_hsp_attends_compresses_projects_and_normalises(compression, shards):
 
 def test_pma_has_as_many_seeds_as_tokens_and_no_compression():
     rng = np.random.default_rng(2)
-    module = plain.build(
-        lambda: PooledMultiheadAttention(TOKENS, EVENT, HEAD, WIDTH, rngs=nnx.Rngs(0), **SHARED), rng
-    )
+    module = plain.build(lambda: PooledMultiheadAttention(TOKENS, EVENT, HEAD, WIDTH, rngs=nnx.Rngs(0), **SHARED), rng)
     assert module.attention.seeds.shape == (TOKENS, EVENT)
     sequence = random_sequence(rng, LENGTHS, EVENT)
     for got, s in zip(np.asarray(plain.run(module, sequence)), unpack(sequence), strict=True):
