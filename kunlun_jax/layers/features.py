@@ -84,11 +84,6 @@ def event_inputs(schema: FeatureSchema, event: EventType) -> int:
     return sum(schema.table(f.table).width for f in event.sparse) + len(event.dense) + len(TIME_FIELDS) + 1
 
 
-def log_days(seconds: Float[Array, "*shape"], scale: float = 86_400.0) -> Float[Array, "*shape"]:
-    """τ = log(1 + Δt / τ_scale), float32, Δt in seconds [2nd]."""
-    return jnp.log1p(seconds / scale)
-
-
 def _of_scope(fields, scope):
     return tuple(field for field in fields if field.scope == scope)
 

@@ -7,7 +7,7 @@ from batches import random_embedded, small_schema
 from flax import nnx
 
 from kunlun_jax.jagged import unpack
-from kunlun_jax.layers.features import EventTokens, SetTokens, log_days
+from kunlun_jax.layers.features import EventTokens, SetTokens
 from kunlun_jax.layers.mlp import MaskNet
 from kunlun_jax.schema import TIME_FIELDS
 
@@ -73,7 +73,3 @@ def test_event_tokens_join_fields_and_times_of_each_event(event):
         expected = plain.mlp(module.join.compress, x * plain.mlp(module.join.mask, x))
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3)
     assert isinstance(module.join, MaskNet)
-
-
-def test_log_days():
-    np.testing.assert_allclose(log_days(np.array([0.0, 86_400, 864_000])), np.log([1, 2, 11]), rtol=1e-6)
