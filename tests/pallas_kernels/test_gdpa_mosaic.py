@@ -1,8 +1,6 @@
 """The GDPA forward kernel without a GPU: schedule, tiles, interpret mode with race detection, lowering for sm_90."""
 
-import importlib.util
-import pathlib
-
+import interpreter
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +12,6 @@ from pallas_kernels.gdpa.activations import ACTIVATIONS
 from pallas_kernels.gdpa.mosaic_forward import forward_scratch, gdpa_forward
 from pallas_kernels.gdpa.schedule import dealt, dealt_item, make_schedule, pieces, row_fills, sort_descending
 from pallas_kernels.gdpa.tiles import ForwardTiles, forward_tiles
-
-_spec = importlib.util.spec_from_file_location("interpreter", pathlib.Path(__file__).with_name("interpreter.py"))
-interpreter = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(interpreter)
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,8 @@
 """GDPA's backward kernels: interpreted with race detection and lowered for sm_90 on a CPU, run on a Hopper GPU."""
 
 import functools
-import importlib.util
-import pathlib
 
+import interpreter
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +13,6 @@ from pallas_kernels.gdpa import mosaic_backward, mosaic_backward_common, mosaic_
 from pallas_kernels.gdpa.activations import ACTIVATIONS
 from pallas_kernels.gdpa.mosaic_backward import gdpa_backward, is_fused
 
-_spec = importlib.util.spec_from_file_location("interpreter", pathlib.Path(__file__).with_name("interpreter.py"))
-interpreter = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(interpreter)
 interpreter.install()
 
 SPANS = ("q_starts", "q_lengths", "kv_starts", "kv_lengths")
