@@ -12,12 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import tyro
 from train import PRESETS, train
 
 from kunlun_jax.config import to_dict
-from kunlun_jax.run import versions, write_json
+from kunlun_jax.run import mean_and_spread, versions, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -40,21 +39,13 @@ def repeat(preset: str, seeds: tuple[int, ...] = (0, 1, 2)) -> None:
         summary = json.loads((out / "summary.json").read_text())
         seconds = None if resumed else round(time.time() - started, 1)
         runs.append({"seed": seed, "seconds": seconds, "validation": summary["validation"], "test": summary["test"]})
-    means = {
-        part: {
-            name: {"mean": float(np.mean(values)), "standard_deviation": float(np.std(values, ddof=1))}
-            for name in runs[0][part]
-            if name not in ("kind", "step") and len(values := [run[part][name] for run in runs]) > 1
-        }
-        for part in ("validation", "test")
-    }
     write_json(
         RESULTS / f"{preset}.json",
         {
             "command": f"python experiments/repeat.py {preset} --seeds {' '.join(map(str, seeds))}",
             "versions": versions(),
             "settings": to_dict(config),
-            "means": means,
+            "means": {part: mean_and_spread([run[part] for run in runs]) for part in ("validation", "test")},
             "runs": runs,
         },
     )

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import signal
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,15 @@ def stop_on_sigterm() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def mean_and_spread(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Mean and sample standard deviation of every metric ("task/metric") over at least two runs."""
+    metrics = {name: [run[name] for run in runs] for name in runs[0] if "/" in name}
+    return {
+        name: {"mean": statistics.mean(values), "standard_deviation": statistics.stdev(values)}
+        for name, values in metrics.items()
+    }
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -243,4 +243,7 @@ def announce_compilation(batch: Batch, seen: set, step: int) -> None:
     if shape not in seen:
         seen.add(shape)
         tokens = ", ".join(f"{name} {capacity}" for name, capacity in shape)
-        print(f"step {step}: compiling for batches of {batch.size} samples and event capacities {tokens}", flush=True)
+        print(
+            f"step {step}: compiling for batches of {batch.size} samples and event capacities {tokens or 'none'}",
+            flush=True,
+        )

@@ -10,7 +10,7 @@ import pytest
 
 from kunlun_jax.config import EventConfig, KunlunConfig, TrainConfig, from_dict, to_dict
 from kunlun_jax.data.synthetic import SyntheticConfig
-from kunlun_jax.run import Run, load_config, load_samples, stop_on_sigterm
+from kunlun_jax.run import Run, load_config, load_samples, mean_and_spread, stop_on_sigterm
 
 CONFIGS = [
     TrainConfig.movielens(),
@@ -97,6 +97,11 @@ def test_synthetic_data_reports_its_best_ne_and_hashed_ids():
     assert {part: len(s) for part, s in samples.items()} == {"train": 200, "validation": 50, "test": 50}
     assert 0 < facts["best_ne"]["test"] < 1
     assert facts["out_of_range"]["train"]["user"] > 0.5
+
+
+def test_mean_and_spread():
+    runs = [{"kind": "test", "step": 1, "a/ne": x} for x in (1.0, 2.0, 6.0)]
+    assert mean_and_spread(runs) == {"a/ne": {"mean": 3.0, "standard_deviation": pytest.approx(7**0.5)}}
 
 
 def test_the_first_signal_is_noted_and_the_handlers_come_back():
