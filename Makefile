@@ -1,6 +1,6 @@
 # make train   set up .venv, fetch MovieLens-100K, train Kunlun; results in runs/movielens
 # make test    set up .venv, run the tests that need no GPU
-# make test-gpu, make lint, make clean
+# make test-gpu, make lint, make clean (what can be made again; never runs/)
 
 SHELL := /bin/bash
 VENV := .venv
@@ -28,7 +28,7 @@ lint: $(READY)
 	@$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m pyright
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
 
 $(READY): requirements.txt pyproject.toml
 	@python=$$($(FIND_PYTHON)); \
