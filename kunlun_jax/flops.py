@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from kunlun_jax.config import EventConfig, KunlunConfig
 from kunlun_jax.layers.features import event_inputs
+from kunlun_jax.model_configs import EventConfig, KunlunConfig
 from kunlun_jax.schema import EventType, FeatureSchema, Scope
 
 Lengths = float | Int[np.ndarray, "sequences"] | Float[np.ndarray, "sequences"] | Sequence[float]

@@ -19,7 +19,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kunlun_jax.batch import EmbeddedBatch, to_samples
-from kunlun_jax.config import EventConfig, KunlunConfig
 from kunlun_jax.jagged import Jagged
 from kunlun_jax.layers.attention import WindowAttention
 from kunlun_jax.layers.features import EventTokens, SetTokens
@@ -28,6 +27,7 @@ from kunlun_jax.layers.mlp import MLP
 from kunlun_jax.layers.rotary import rotary_angles
 from kunlun_jax.layers.seed_pooling import HierarchicalSeedPooling, PooledMultiheadAttention
 from kunlun_jax.layers.wukong import WukongExperts
+from kunlun_jax.model_configs import EventConfig, KunlunConfig
 from kunlun_jax.schema import EventType, FeatureSchema
 
 
