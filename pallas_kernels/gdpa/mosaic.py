@@ -10,7 +10,7 @@ from jax import lax
 from pallas_kernels import hopper
 from pallas_kernels.gdpa import mosaic_backward, xla
 from pallas_kernels.gdpa.mosaic_forward import gdpa_forward
-from pallas_kernels.gdpa.schedule import make_schedule
+from pallas_kernels.gdpa.schedule import make_line
 from pallas_kernels.gdpa.tiles import forward_tiles
 from pallas_kernels.jagged import vary_together
 
@@ -63,20 +63,12 @@ def _gdpa(static: Static, *operands):
 def _forward(static: Static, q, k, v, *spans):
     if 0 in (static.max_q_length, static.max_kv_length):
         return jnp.zeros_like(q)
-    tiles = forward_tiles(
-        width=q.shape[2],
-        heads=q.shape[1],
-        samples=spans[0].shape[0],
-        max_q_length=static.max_q_length,
-        max_kv_length=static.max_kv_length,
-        sms=static.sms,
-    )
-    schedule = make_schedule(*spans, rows=q.shape[0], max_q_length=static.max_q_length, q_chunk=tiles.q_chunk)
+    tiles = forward_tiles(width=q.shape[2], max_kv_length=static.max_kv_length)
     out = gdpa_forward(
         q,
         k,
         v,
-        schedule,
+        make_line(*spans, tiles.tiling),
         activation=static.activation,
         scale=static.scale,
         post_scale=static.post_scale,

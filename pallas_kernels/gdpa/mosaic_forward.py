@@ -26,7 +26,7 @@ from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_store  # no 
 
 from pallas_kernels import hopper
 from pallas_kernels.gdpa.activations import kernel_activation
-from pallas_kernels.gdpa.schedule import Schedule, dealt, dealt_item
+from pallas_kernels.gdpa.schedule import Item, Line, Walk, ceil_div
 from pallas_kernels.gdpa.tiles import WARPGROUP_ROWS, ForwardTiles
 
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
@@ -47,7 +47,7 @@ def gdpa_forward(
     q,
     k,
     v,
-    schedule: Schedule,
+    line: Line,
     *,
     activation: tuple[str, ...],
     scale: float,
@@ -56,7 +56,7 @@ def gdpa_forward(
     sms: int,
     interpret=None,
 ):
-    """out [N, H, D] of `gdpa`. The schedule is `make_schedule`'s for tiles.q_chunk. sms: blocks of the grid."""
+    """out [N, H, D] of `gdpa`. The line is `make_line`'s of the queries, for tiles.tiling. sms: blocks of the grid."""
     panels = q.shape[2] // hopper.PANEL
     scratch = forward_scratch(q.dtype, panels, tiles, interpret=interpret)
     if (used := hopper.shared_bytes(scratch)) > hopper.SHARED_MEMORY:
@@ -75,7 +75,7 @@ def gdpa_forward(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         kernel_name="gdpa_forward",
         interpret=interpret,
-    )(*schedule, q, k, v)
+    )(*line, q, k, v)
 
 
 def forward_scratch(dtype, panels: int, tiles: ForwardTiles, *, interpret) -> dict:
@@ -98,14 +98,7 @@ def forward_scratch(dtype, panels: int, tiles: ForwardTiles, *, interpret) -> di
 
 
 def _kernel(
-    items_gmem,
-    fills_gmem,
-    counts_gmem,
-    q_gmem,
-    k_gmem,
-    v_gmem,
-    out_gmem,
-    *,
+    *refs,
     q_smem,
     k_smem,
     v_smem,
@@ -124,6 +117,7 @@ def _kernel(
     sms,
     interpret,
 ):
+    *line, q_gmem, k_gmem, v_gmem, out_gmem = refs
     _, heads, width = q_gmem.shape
     group = heads // k_gmem.shape[1]
     dtype, panels, block = q_gmem.dtype, width // hopper.PANEL, tiles.kv_block
@@ -133,13 +127,7 @@ def _kernel(
     names = tuple(dict.fromkeys(activation))
     acts = [kernel_activation(name, scale, post_scale, folded=dtype == jnp.bfloat16) for name in names]
     sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
-    my_items = dealt(counts_gmem[0] * heads, sms, sm)
-
-    def read_item(turn):
-        """(query row, query rows, key row, key rows, head) of this block's item."""
-        index = dealt_item(turn, sms, sm)
-        row = lax.div(index, heads)
-        return *(items_gmem[row, c] for c in range(4)), lax.rem(index, heads)
+    walk = Walk(Line(*line), tiles.tiling, heads, sms, sm)
 
     def by_head(head, functions, x):
         """Apply the function of the head's activation."""
@@ -150,7 +138,7 @@ def _kernel(
 
     def extent(item):
         """Query tiles and key blocks of an item."""
-        return _blocks(item[1], tiles.q_rows), _blocks(item[3], block)
+        return ceil_div(item.rows, tiles.q_rows), ceil_div(item.other_rows, block)
 
     def kv_loads(item):
         """How many blocks of keys the item passes through the slots."""
@@ -182,16 +170,16 @@ def _kernel(
                 plgpu.barrier_wait(q_empty.at[slot])
 
             for w in range(tiles.compute):
-                row = item[0] + tile * tiles.q_rows + w * WARPGROUP_ROWS
+                row = item.row + tile * tiles.q_rows + w * WARPGROUP_ROWS
                 for p in range(panels):
                     plgpu.copy_gmem_to_smem(
-                        q_gmem.at[(pl.ds(row, WARPGROUP_ROWS), *columns(item[4], p))],
+                        q_gmem.at[(pl.ds(row, WARPGROUP_ROWS), *columns(item.head, p))],
                         q_tma.at[slot, w, p],
                         q_full.at[slot],
                     )
 
         def load_kv(item, n, j):
-            slot, head, row = kv_slot(n), lax.div(item[4], group), item[2] + j * block
+            slot, head, row = kv_slot(n), lax.div(item.head, group), item.other_row + j * block
 
             def load(source, target, full, empty):
                 @pl.when(n >= tiles.kv_slots)
@@ -204,7 +192,7 @@ def _kernel(
                     )
 
             load(k_gmem, k_tma, k_full, k_empty)
-            rows = item[3] - j * block
+            rows = item.other_rows - j * block
 
             @pl.when(rows >= block)
             def _():
@@ -222,9 +210,9 @@ def _kernel(
                 for _panel in range(panels):
                     plgpu.barrier_arrive(v_full.at[slot])
 
-        def load_item(turn, counters):
-            q_count, kv_count = counters
-            item = read_item(turn)
+        def load_item(state):
+            cursor, _, q_count, kv_count = state
+            item = walk.item(cursor)
             q_tiles, blocks = extent(item)
             if tiles.resident:
                 load_q(item, q_count, 0)
@@ -237,10 +225,10 @@ def _kernel(
                     lax.fori_loop(0, blocks, lambda j, _: load_kv(item, kv_count + t * blocks + j, j), None)
 
                 lax.fori_loop(0, q_tiles, load_tile, None)
-            return q_count + q_tiles, kv_count + kv_loads(item)
+            return *walk.after(cursor), q_count + q_tiles, kv_count + kv_loads(item)
 
         zero = jnp.int32(0)
-        q_count, kv_count = lax.fori_loop(0, my_items, load_item, (zero, zero))
+        *_, q_count, kv_count = lax.while_loop(lambda state: state[1], load_item, (*walk.first(), zero, zero))
 
         # Every completed phase must have been waited for when the kernel ends.
         def drain(n, slots, slot, *barriers):
@@ -258,10 +246,12 @@ def _kernel(
     def compute():
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
 
-        @pl.when(my_items > 0)
+        cursor, any_work = walk.first()
+
+        @pl.when(any_work)
         def _():
             zero = jnp.int32(0)
-            item = read_item(zero)
+            item = walk.item(cursor)
             q_tiles, blocks = extent(item)
             first = Step(zero, zero, True, q_tiles == 1 if tiles.resident else True, True, blocks == 1)
 
@@ -274,7 +264,8 @@ def _kernel(
             weights = weigh(s, item, zero).astype(dtype)
 
             def all_items(out_acc):
-                lax.fori_loop(0, my_items, functools.partial(attend, out_acc), (item, zero, zero, weights))
+                state = (cursor, any_work, item, zero, zero, weights)
+                lax.while_loop(lambda state: state[1], functools.partial(attend, out_acc), state)
 
             pl.run_scoped(all_items, plgpu.ACC((WARPGROUP_ROWS, width), jnp.float32))
 
@@ -304,22 +295,22 @@ def _kernel(
 
     def weigh(s, item, j):
         """Weights from raw scores; a sample's end is cut off, K may hold anything behind it."""
-        keys = item[3] - j * block
+        keys = item.other_rows - j * block
 
         def masked(weights):
             column = plgpu.broadcasted_iota(jnp.int32, weights.shape, 1, layout=plgpu.Layout.WGMMA)
             return jnp.where(column < keys, weights, 0.0)
 
-        weights = by_head(item[4], [act.weight for act in acts], s)
+        weights = by_head(item.head, [act.weight for act in acts], s)
         # The branch is wanted: it keeps ptxas from moving the activation behind the wait for the running product.
         return lax.cond(keys < block, masked, lambda weights: weights, weights)
 
-    def attend(out_acc, turn, carry):
+    def attend(out_acc, state):
         """All steps of one item; leaves the weights of the next item's first step."""
-        item, q_count, kv_count, weights = carry
+        cursor, _, item, q_count, kv_count, weights = state
         q_tiles, blocks = extent(item)
-        another = turn + 1 < my_items
-        item_next = read_item(jnp.where(another, turn + 1, turn))
+        cursor_next, another = walk.after(cursor)
+        item_next = walk.item(cursor_next)
         q_tiles_next, blocks_next = extent(item_next)
         kv_count_next = kv_count + kv_loads(item)
 
@@ -361,7 +352,7 @@ def _kernel(
 
             s = pl.run_scoped(both, score_type)
             release_scores(following, live)
-            item_of_scores = tuple(jnp.where(inside, a, b) for a, b in zip(item, item_next, strict=True))
+            item_of_scores = Item(*(jnp.where(inside, a, b) for a, b in zip(item, item_next, strict=True)))
             weights_next = weigh(s, item_of_scores, j_next)
             plgpu.wgmma_wait(0)
             when(last_pass, lambda: plgpu.barrier_arrive(v_empty.at[v_at]))
@@ -374,26 +365,25 @@ def _kernel(
 
         zero = jnp.int32(0)
         weights, *_ = lax.fori_loop(0, q_tiles * blocks, step, (weights, zero, zero, kv_count))
-        return item_next, q_count + q_tiles, kv_count_next, weights
+        return cursor_next, another, item_next, q_count + q_tiles, kv_count_next, weights
 
     def store(out, *, item, tile):
         """Write a finished tile; returns the zeros that the next one starts from."""
-        q_row, q_rows, _, _, head = item
+        head = item.head
         post = by_head(head, [lambda _, post=act.post: jnp.float32(post) for act in acts], head)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for p in range(panels):
             out_smem[warpgroup, p] = (out[:, hopper.PANEL * p : hopper.PANEL * (p + 1)] * post).astype(dtype)
         plgpu.commit_smem()
         offset = tile * tiles.q_rows + warpgroup * WARPGROUP_ROWS
-        count = jnp.clip(q_rows - offset, 0, WARPGROUP_ROWS)
+        count = jnp.clip(item.rows - offset, 0, WARPGROUP_ROWS)
         for p in range(panels):
-            hopper.store_rows(out_smem.at[warpgroup, p], out_gmem, q_row + offset, count, columns(head, p))
+            hopper.store_rows(out_smem.at[warpgroup, p], out_gmem, item.row + offset, count, columns(head, p))
         plgpu.commit_smem_to_gmem_group()
         return plgpu.layout_cast(jnp.zeros_like(out), plgpu.Layout.WGMMA)
 
     def fill_zeros():
         """Zero the rows of the output that belong to no item: gaps are dealt whole, the last one in pieces."""
-        gaps = fills_gmem.shape[0] - 1
         worker, workers = sm * tiles.compute + warpgroup, sms * tiles.compute
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         out_smem[warpgroup, 0] = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, hopper.PANEL), dtype), plgpu.Layout.WGMMA)
@@ -406,23 +396,7 @@ def _kernel(
 
             lax.fori_loop(0, heads, one_head, None)
 
-        def gap(i, _):
-            row, rows = fills_gmem[i * workers + worker, 0], fills_gmem[i * workers + worker, 1]
-
-            def piece(i, _):
-                fill(row + i * WARPGROUP_ROWS, jnp.minimum(rows - i * WARPGROUP_ROWS, WARPGROUP_ROWS))
-
-            lax.fori_loop(0, _blocks(rows, WARPGROUP_ROWS), piece, None)
-
-        lax.fori_loop(0, lax.div(gaps - worker + workers - 1, jnp.int32(workers)), gap, None)
-        row, rows = fills_gmem[gaps, 0], fills_gmem[gaps, 1]
-
-        def last(i, _):
-            at = (i * workers + worker) * WARPGROUP_ROWS
-            fill(row + at, jnp.minimum(rows - at, WARPGROUP_ROWS))
-
-        pieces = _blocks(rows, WARPGROUP_ROWS)
-        lax.fori_loop(0, lax.div(pieces - worker + workers - 1, jnp.int32(workers)), last, None)
+        walk.fill_gaps(fill, out_gmem.shape[0], WARPGROUP_ROWS, worker, workers)
         plgpu.commit_smem_to_gmem_group()
 
     lax.cond(warpgroup < tiles.compute, compute, memory)
@@ -431,8 +405,3 @@ def _kernel(
 def _modulo(n, slots: int):
     """n % slots for n >= 0; a mask is one instruction where a signed remainder takes five."""
     return n & (slots - 1) if slots & (slots - 1) == 0 else lax.rem(n, jnp.int32(slots))
-
-
-def _blocks(rows, size: int):
-    """⌈rows / size⌉ for rows >= 0 and a power of two."""
-    return lax.shift_right_logical(rows + (size - 1), jnp.int32(size.bit_length() - 1))

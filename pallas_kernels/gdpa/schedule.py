@@ -1,16 +1,180 @@
 """The order in which a persistent grid works through jagged samples, computed in XLA from their spans.
 
-Items are (row of a table, head); the table is sorted longest first and dealt to the SMs forwards and backwards in turn,
-which leaves them near-equal sums. No host work and no atomics, so the same lengths give the same assignment.
+`Line` cuts the work into equal ranges, one per SM, for kernels that may start anywhere in a sample. `Schedule` is for
+those that take a sample whole: sorted longest first and dealt forwards and backwards in turn, which leaves near-equal
+sums. No host work and no atomics: the same lengths give the same assignment.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-PAIRWISE = 4096  # up to here one fused comparison of all pairs beats a sort's several kernels
+PAIRWISE = 4096  # up to here one fused comparison of all pairs beats several kernels that sort, scan or search
+
+
+class Line(NamedTuple):
+    """Jagged samples laid out on one line per head; the lines of all heads lie behind each other.
+
+    A tile of a sample's rows takes `Tiling.cost` units of the line, and an SM gets the tiles that begin in its range:
+    an exact balance without a sort, from tables that one XLA kernel fills. SMs work on the heads of a sample, which
+    lie beside each other in memory, at about the same time.
+
+    starts, lengths: [B] of the rows that are cut; other_starts, other_lengths: [B] of the rows that each tile passes.
+    units: [B + 1] units before each sample, and of all of them.
+    following: [B + 1] the first sample with work from each on; B: none.
+    ends: [B + 1] where the last span before each sample's rows ends, and the last of all.
+    """
+
+    starts: Any
+    lengths: Any
+    other_starts: Any
+    other_lengths: Any
+    units: Any
+    following: Any
+    ends: Any
+
+
+class Tiling(NamedTuple):
+    """How a kernel cuts a line: rows of a tile, and rows of one step of its inner loop; powers of two."""
+
+    rows: int
+    step: int
+
+    def tiles(self, length):
+        return ceil_div(length, self.rows)
+
+    def cost(self, other_length):
+        """Units of a tile: its steps, and one for loading and storing it [choice]."""
+        return ceil_div(other_length, self.step) + 1
+
+
+class Item(NamedTuple):
+    """Rows of one sample and head."""
+
+    row: Any
+    rows: Any
+    other_row: Any
+    other_rows: Any
+    head: Any
+
+
+class Cursor(NamedTuple):
+    """A place in the order of (head, sample); the sample after it is read early."""
+
+    sample: Any
+    next_sample: Any
+    head: Any
+
+
+def make_line(starts, lengths, other_starts, other_lengths, tiling: Tiling) -> Line:
+    """The line of the samples that have rows of both kinds; the spans of `starts` and `lengths` are disjoint."""
+    B = starts.shape[0]
+    live = (lengths > 0) & (other_lengths > 0)
+    cost = jnp.where(live, tiling.tiles(lengths) * tiling.cost(other_lengths), 0)
+    end = jnp.where(live, starts + lengths, 0)
+    begin = jnp.concatenate([jnp.where(live, starts, -1), jnp.full(1, jnp.iinfo(jnp.int32).max)])
+    if B <= PAIRWISE:
+        b, i = (lax.broadcasted_iota(jnp.int32, (B + 1, B), axis) for axis in (0, 1))
+        units, following, ends = lax.reduce(
+            (
+                jnp.where(i < b, cost, 0),
+                jnp.where((i >= b) & live, i, B),
+                jnp.where(end <= begin[:, None], end, 0),
+            ),
+            (jnp.int32(0), jnp.int32(B), jnp.int32(0)),
+            lambda x, y: (x[0] + y[0], jnp.minimum(x[1], y[1]), jnp.maximum(x[2], y[2])),
+            (1,),
+        )
+    else:
+        units = jnp.pad(jnp.cumsum(cost), (1, 0))
+        index = jnp.where(live, jnp.arange(B, dtype=jnp.int32), B)
+        following = jnp.pad(lax.cummin(index, reverse=True), (0, 1), constant_values=B)
+        ends = last_at_most(end, begin)
+    return Line(starts, lengths, other_starts, other_lengths, units, following, ends)
+
+
+class Walk:
+    """One SM's way along a line, inside a kernel; `line` holds references to device memory."""
+
+    def __init__(self, line: Line, tiling: Tiling, heads: int, workers: int, worker):
+        self.line, self.tiling = line, tiling
+        self.samples = line.starts.shape[0]
+        self.per_head = line.units[self.samples]
+        self.begin = _share(self.per_head * heads, workers, worker)
+        self.end = _share(self.per_head * heads, workers, worker + 1)
+
+    def first(self):
+        """(cursor, is there work) at the begin of the range."""
+        head = lax.div(self.begin, jnp.maximum(self.per_head, 1))
+        within = self.begin - head * self.per_head
+
+        def halve(_, bounds):
+            low, high = bounds  # units[low] <= within < units[high]
+            middle = lax.shift_right_logical(low + high, jnp.int32(1))
+            right = self.line.units[middle] <= within
+            return jnp.where(right, middle, low), jnp.where(right, high, middle)
+
+        bounds = jnp.int32(0), jnp.int32(self.samples)
+        sample, _ = lax.fori_loop(0, self.samples.bit_length(), halve, bounds)
+        cursor = Cursor(sample, self.line.following[sample + 1], head)
+        # The range may begin within the last tile of a sample, which belongs to the SM before.
+        used_up = self._tiles_before(cursor, self.begin) >= self.tiling.tiles(self.line.lengths[sample])
+        after = self._step(cursor)
+        cursor = Cursor(*(jnp.where(used_up, a, c) for a, c in zip(after, cursor, strict=True)))
+        first_tile = self._tiles_before(cursor, self.begin) * self.tiling.cost(self.line.other_lengths[cursor.sample])
+        return cursor, self._position(cursor) + first_tile < self.end
+
+    def after(self, cursor: Cursor):
+        """(the next cursor, is there work)."""
+        cursor = self._step(cursor)
+        return cursor, self._position(cursor) < self.end
+
+    def item(self, cursor: Cursor) -> Item:
+        """The rows at a cursor that lie in the range."""
+        line, b = self.line, cursor.sample
+        first, last = (self._tiles_before(cursor, x) * self.tiling.rows for x in (self.begin, self.end))
+        rows = jnp.minimum(line.lengths[b], last) - first
+        return Item(line.starts[b] + first, rows, line.other_starts[b], line.other_lengths[b], cursor.head)
+
+    def fill_gaps(self, fill, rows: int, size: int, worker, workers: int):
+        """Call fill(row, count <= size) on the rows [0, rows) without work: a worker gets some gaps between samples
+        and a part of the one behind the last sample."""
+        line = self.line
+
+        def gap(b):
+            row = line.ends[b]
+            live = (line.lengths[b] > 0) & (line.other_lengths[b] > 0)
+            end = jnp.where(live, line.starts[b], row)
+
+            def piece(i, _):
+                fill(row + i * size, jnp.minimum(end - row - i * size, size))
+
+            lax.fori_loop(0, ceil_div(end - row, size), piece, None)
+
+        lax.fori_loop(0, _turns(self.samples, worker, workers), lambda i, _: gap(i * workers + worker), None)
+        row = line.ends[self.samples]
+
+        def last(i, _):
+            at = row + (i * workers + worker) * size
+            fill(at, jnp.minimum(rows - at, size))
+
+        lax.fori_loop(0, _turns(ceil_div(rows - row, size), worker, workers), last, None)
+
+    def _step(self, cursor: Cursor) -> Cursor:
+        wrap = cursor.next_sample == self.samples
+        sample = jnp.where(wrap, jnp.minimum(self.line.following[0], self.samples - 1), cursor.next_sample)
+        return Cursor(sample, self.line.following[sample + 1], cursor.head + jnp.where(wrap, 1, 0))
+
+    def _position(self, cursor: Cursor):
+        return cursor.head * self.per_head + self.line.units[cursor.sample]
+
+    def _tiles_before(self, cursor: Cursor, position):
+        """How many tiles of the cursor's sample begin before a position."""
+        cost = self.tiling.cost(self.line.other_lengths[cursor.sample])
+        distance = jnp.maximum(position - self._position(cursor), 0)
+        return jnp.minimum(lax.div(distance + cost - 1, cost), self.tiling.tiles(self.line.lengths[cursor.sample]))
 
 
 class Schedule(NamedTuple):
@@ -44,6 +208,22 @@ def make_schedule(
     return Schedule(sort_descending(table, cost), row_fills(q_starts, lengths, rows), live)
 
 
+def ceil_div(n, size: int):
+    """⌈n / size⌉ for n >= 0 and a power of two."""
+    return lax.shift_right_logical(n + (size - 1), jnp.int32(size.bit_length() - 1))
+
+
+def _share(total, workers: int, worker):
+    """Where a worker's equal share of `total` begins."""
+    full, rest = lax.div(total, jnp.int32(workers)), lax.rem(total, jnp.int32(workers))
+    return full * worker + jnp.minimum(rest, worker)
+
+
+def _turns(total, worker, workers: int):
+    """How many of `total` things a worker gets when they are dealt one by one."""
+    return lax.div(total - worker + (workers - 1), jnp.int32(workers))
+
+
 def sort_descending(table, cost):
     """Columns of the table [C, M] in the order of falling cost, as rows [M, C]; ties keep their order.
 
@@ -62,14 +242,18 @@ def row_fills(starts, lengths, rows: int):
     """Rows [0, rows) outside disjoint spans: int32 [B + 1, 2] (row, rows): before each span, and behind the last."""
     begin, end = jnp.where(lengths > 0, starts, -1), jnp.where(lengths > 0, starts + lengths, 0)
     begin = jnp.concatenate([begin, jnp.array([rows], jnp.int32)])
-    if end.shape[0] <= PAIRWISE:
-        previous = jnp.max(jnp.where(end <= begin[:, None], end, 0), axis=1, initial=0)
-    else:
-        in_order = jnp.sort(end)
-        at = jnp.searchsorted(in_order, begin, side="right", method="sort")
-        previous = jnp.where(at > 0, in_order[at - 1], 0)
+    previous = last_at_most(end, begin)
     # An empty span has begin -1 and no gap.
     return jnp.stack([previous, jnp.maximum(begin - previous, 0)], axis=1)
+
+
+def last_at_most(values, bounds):
+    """For each bound the largest value >= 0 that is not above it, else 0."""
+    if values.shape[0] <= PAIRWISE:
+        return jnp.max(jnp.where(values <= bounds[:, None], values, 0), axis=1, initial=0)
+    in_order = jnp.sort(values)
+    at = jnp.searchsorted(in_order, bounds, side="right", method="sort")
+    return jnp.where(at > 0, in_order[at - 1], 0)
 
 
 def pieces(starts, lengths, rows: int, size: int):

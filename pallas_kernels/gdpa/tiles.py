@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from pallas_kernels.gdpa.schedule import Tiling
 from pallas_kernels.hopper import SHARED_MEMORY
 
 WARPGROUP_ROWS = 64  # query rows of one wgmma
@@ -17,7 +18,6 @@ class ForwardTiles:
     compute: warpgroups that compute, each on its own 64 rows of a tile.
     resident: keys and values stay in shared memory while an item's query tiles pass; otherwise they stream past every
       tile. Resident needs all blocks of a sample to fit: max_kv_length <= kv_slots · kv_block.
-    q_chunk: query rows of one item at most; None: the whole sample.
     """
 
     kv_block: int
@@ -25,7 +25,6 @@ class ForwardTiles:
     q_slots: int
     resident: bool
     compute: int = 2
-    q_chunk: int | None = None
 
     def __post_init__(self):
         for name, allowed in (
@@ -36,26 +35,22 @@ class ForwardTiles:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"ForwardTiles: {name}={getattr(self, name)} must be in {tuple(allowed)}")
-        if self.q_chunk is not None and (self.q_chunk <= 0 or self.q_chunk % self.q_rows):
-            raise ValueError(f"ForwardTiles: q_chunk={self.q_chunk} must be a positive multiple of {self.q_rows}")
 
     @property
     def q_rows(self) -> int:
         """Query rows of one tile."""
         return self.compute * WARPGROUP_ROWS
 
+    @property
+    def tiling(self) -> Tiling:
+        return Tiling(rows=self.q_rows, step=self.kv_block)
 
-def forward_tiles(
-    *, width: int, heads: int, samples: int, max_q_length: int, max_kv_length: int, sms: int
-) -> ForwardTiles:
+
+def forward_tiles(*, width: int, max_kv_length: int) -> ForwardTiles:
     """The forward kernel's tiles for a call."""
     kv_block = 64 if max_kv_length <= 64 else 128
     per_block = kv_block * width * 2 * 2  # K and V, 16-bit
     fixed = 3 * 2 * WARPGROUP_ROWS * width * 2  # two query tiles and an output tile
     kv_slots = min((SHARED_MEMORY - fixed - 1024) // per_block, 4)
     resident = max_kv_length <= kv_slots * kv_block
-    # Whole samples unless there are too few for an even load: aim at eight items per SM.
-    tiles = -(-max_q_length // (2 * WARPGROUP_ROWS))
-    chunk = max(1, samples * heads * tiles // (8 * sms))
-    q_chunk = None if chunk >= tiles else max(chunk, 2) * 2 * WARPGROUP_ROWS
-    return ForwardTiles(kv_block=kv_block, kv_slots=kv_slots, q_slots=2, resident=resident, q_chunk=q_chunk)
+    return ForwardTiles(kv_block=kv_block, kv_slots=kv_slots, q_slots=2, resident=resident)

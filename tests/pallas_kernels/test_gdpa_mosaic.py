@@ -1,5 +1,7 @@
 """The GDPA forward kernel without a GPU: schedule, tiles, interpret mode with race detection, lowering for sm_90."""
 
+import sys
+
 import interpreter
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,17 @@ from pallas_kernels import hopper
 from pallas_kernels.gdpa import mosaic, xla
 from pallas_kernels.gdpa.activations import ACTIVATIONS
 from pallas_kernels.gdpa.mosaic_forward import forward_scratch, gdpa_forward
-from pallas_kernels.gdpa.schedule import dealt, dealt_item, make_schedule, pieces, row_fills, sort_descending
+from pallas_kernels.gdpa.schedule import (
+    Tiling,
+    Walk,
+    dealt,
+    dealt_item,
+    make_line,
+    make_schedule,
+    pieces,
+    row_fills,
+    sort_descending,
+)
 from pallas_kernels.gdpa.tiles import ForwardTiles, forward_tiles
 
 
@@ -20,6 +32,53 @@ def _patched_interpreter():
 
 
 # --- schedule
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize(
+    ("samples", "longest", "workers"), [(1, 700, 5), (9, 300, 4), (60, 40, 7), (5, 0, 3), (3, 200, 50)]
+)
+def test_a_line_gives_every_tile_to_one_worker_and_equal_shares(samples, longest, workers, many, monkeypatch):
+    if many:  # the tables as for more samples than all pairs are compared of
+        monkeypatch.setattr(sys.modules[make_line.__module__], "PAIRWISE", 0)
+    rng = np.random.default_rng(samples)
+    lengths, others = rng.integers(0, longest + 1, (2, samples))
+    gaps = rng.integers(0, 3, samples)
+    starts = np.cumsum(lengths + gaps) - lengths
+    rows, heads, tiling = int(starts[-1] + lengths[-1]) + 70, 3, Tiling(64, 64)
+    order = rng.permutation(samples)
+    spans = (jnp.asarray(x[order], jnp.int32) for x in (starts, lengths, 1000 * np.arange(samples), others))
+    line = make_line(*spans, tiling)
+    owner, work, filled = np.full((rows, heads), -1), np.zeros(workers), np.zeros(rows, int)
+
+    def fill(row, count):
+        assert 0 < int(count) <= 16
+        filled[int(row) : int(row + count)] += 1
+
+    with jax.disable_jit():
+        for worker in range(workers):
+            walk = Walk(line, tiling, heads, workers, jnp.int32(worker))
+            cursor, more = walk.first()
+            while more:
+                row, count, other_row, other_count, head = map(int, walk.item(cursor))
+                sample = int(cursor.sample)
+                assert count > 0
+                assert other_count > 0
+                assert (other_row, other_count) == (line.other_starts[sample], line.other_lengths[sample])
+                first = row - int(line.starts[sample])
+                assert first % tiling.rows == 0
+                assert count % tiling.rows == 0 or first + count == line.lengths[sample]
+                assert np.all(owner[row : row + count, head] == -1)
+                owner[row : row + count, head] = worker
+                work[worker] += -(-count // 64) * tiling.cost(other_count)
+                cursor, more = walk.after(cursor)
+            walk.fill_gaps(fill, rows, 16, worker, workers)
+    wanted = np.zeros(rows, bool)
+    for start, length, other in zip(starts, lengths, others, strict=True):
+        wanted[start : start + length] = other > 0
+    assert np.array_equal(owner >= 0, np.repeat(wanted[:, None], heads, 1))
+    assert np.array_equal(filled, ~wanted)
+    assert work.max() - work.min() <= 2 * max(tiling.cost(o) for o in [*others.tolist(), 1])
 
 
 def test_items_are_sorted_and_complete():
@@ -88,7 +147,6 @@ def test_spans_meet():
         (dict(kv_slots=0), "kv_slots=0"),
         (dict(q_slots=0), "q_slots=0"),
         (dict(compute=3), "compute=3"),
-        (dict(q_chunk=100), "q_chunk=100 must be a positive multiple of 128"),
     ],
 )
 def test_bad_tiles(changes, message):
@@ -106,7 +164,7 @@ def choices():
 @pytest.mark.parametrize(("width", "kv", "samples"), list(choices()))
 def test_every_choice_fits_and_is_lowered(width, kv, samples):
     heads, lq = 4, 1024
-    tiles = forward_tiles(width=width, heads=heads, samples=samples, max_q_length=lq, max_kv_length=kv, sms=132)
+    tiles = forward_tiles(width=width, max_kv_length=kv)
     scratch = forward_scratch(jnp.bfloat16, width // 64, tiles, interpret=None)
     assert hopper.shared_bytes(scratch) <= hopper.SHARED_MEMORY
     assert tiles.resident == (kv <= (256 if width == 128 else 512))
@@ -121,27 +179,18 @@ def test_every_choice_fits_and_is_lowered(width, kv, samples):
     q, k = (jax.ShapeDtypeStruct((samples * n, h, width), dtype) for n, h in ((lq, heads), (kv, 2)))
 
     def f(q, k, v, *spans):
-        schedule = make_schedule(*spans, rows=q.shape[0], max_q_length=lq, q_chunk=tiles.q_chunk)
-        return gdpa_forward(q, k, v, schedule, activation=activation, scale=1.0, post_scale=1.0, tiles=tiles, sms=132)
+        line = make_line(*spans, tiles.tiling)
+        return gdpa_forward(q, k, v, line, activation=activation, scale=1.0, post_scale=1.0, tiles=tiles, sms=132)
 
     assert "mosaic_gpu" in interpreter.lower_for_hopper(f, q, k, k, *spans)
 
 
 def test_tiles_beyond_shared_memory_are_refused():
-    x, table = jnp.ones((128, 1, 128), jnp.bfloat16), jnp.zeros(1, jnp.int32)
-    schedule = make_schedule(table, table, table, table, rows=128, max_q_length=128)
+    x, spans = jnp.ones((128, 1, 128), jnp.bfloat16), [jnp.zeros(1, jnp.int32)] * 4
+    tiles = ForwardTiles(kv_block=128, kv_slots=3, q_slots=2, resident=True)
+    static = dict(activation=("relu",), scale=1.0, post_scale=1.0, sms=1, tiles=tiles)
     with pytest.raises(ValueError, match=r"takes \d+ bytes of shared memory, sm_90 has 232448"):
-        gdpa_forward(
-            x,
-            x,
-            x,
-            schedule,
-            activation=("relu",),
-            scale=1.0,
-            post_scale=1.0,
-            sms=1,
-            tiles=ForwardTiles(kv_block=128, kv_slots=3, q_slots=2, resident=True),
-        )
+        gdpa_forward(x, x, x, make_line(*spans, tiles.tiling), **static)
 
 
 # --- what the kernels refuse
@@ -196,7 +245,7 @@ def batch(q_lengths, kv_lengths, *, heads, kv_heads, width, dtype):
 
 CASES = {
     "resident": (64, jnp.bfloat16, dict(kv_block=128, kv_slots=2, resident=True), [131, 0, 70, 1], [128, 50, 0, 200]),
-    "chunked": (128, jnp.bfloat16, dict(kv_block=64, kv_slots=2, resident=True, q_chunk=128), [260, 3], [33, 100]),
+    "wide": (128, jnp.bfloat16, dict(kv_block=64, kv_slots=2, resident=True), [260, 3], [33, 100]),
     "streamed": (64, jnp.bfloat16, dict(kv_block=64, kv_slots=2, resident=False), [131, 5, 70], [200, 50, 129]),
     "float16": (64, jnp.float16, dict(kv_block=64, kv_slots=3, resident=True), [65, 128], [64, 130]),
 }
@@ -208,8 +257,8 @@ def test_interpreted_kernel(name):
     tiles = ForwardTiles(q_slots=2, **tiles)
     (q, k, v, _), spans = batch(q_lengths, kv_lengths, heads=2, kv_heads=1, width=width, dtype=dtype)
     static = dict(activation=("gelu_tanh", "relu2"), scale=0.3, post_scale=0.7)
-    schedule = make_schedule(*spans, rows=q.shape[0], max_q_length=max(q_lengths), q_chunk=tiles.q_chunk)
-    out = gdpa_forward(q, k, v, schedule, **static, tiles=tiles, sms=2, interpret=interpreter.RACES)
+    line = make_line(*spans, tiles.tiling)
+    out = gdpa_forward(q, k, v, line, **static, tiles=tiles, sms=3, interpret=interpreter.RACES)
     known = xla.Static(max(q_lengths), max(kv_lengths), *static.values())
     wanted = xla.forward(known, *(x.astype(jnp.float32) for x in (q, k, v)), *spans)
     narrow = xla.forward(known, q, k, v, *spans)
@@ -228,16 +277,8 @@ def test_every_activation_interpreted(name):
     (q, k, v, _), spans = batch([40], [30], heads=1, kv_heads=1, width=64, dtype=jnp.bfloat16)
     static = dict(activation=(name,), scale=0.3, post_scale=1.0)
     tiles = ForwardTiles(kv_block=64, kv_slots=1, q_slots=1, resident=True)
-    out = gdpa_forward(
-        q,
-        k,
-        v,
-        make_schedule(*spans, rows=q.shape[0], max_q_length=40),
-        **static,
-        tiles=tiles,
-        sms=1,
-        interpret=interpreter.RACES,
-    )
+    line = make_line(*spans, tiles.tiling)
+    out = gdpa_forward(q, k, v, line, **static, tiles=tiles, sms=1, interpret=interpreter.RACES)
     wanted = np.asarray(xla.forward(xla.Static(40, 30, *static.values()), q, k, v, *spans), np.float32)
     assert np.linalg.norm(np.asarray(out, np.float32) - wanted) <= 6e-3 * np.linalg.norm(wanted)
 
