@@ -122,6 +122,62 @@ def _places(sequence: Jagged) -> tuple[Int[Array, "P N"], Int[Array, "P N"]]:
     return jax.vmap(of_shard)(sequence.starts, sequence.lengths)
 
 
+def spread(values: Float[Array, "S *rest"], sequence: Jagged) -> Float[Array, "P N *rest"]:
+    """For each token the row of `values` that belongs to its sample, S = P·b; 0 for tokens of no sample."""
+    shards, capacity = jax.tree.leaves(sequence.values)[0].shape[:2]
+    values = values.reshape(shards, -1, *values.shape[1:])
+
+    def of_shard(values, starts, lengths):
+        return values.at[token_samples(starts, lengths, capacity)].get(mode="fill", fill_value=0)
+
+    return jax.vmap(of_shard)(values, sequence.starts, sequence.lengths)
+
+
+def sum_over_samples(sequence: Jagged) -> Float[Array, "S *rest"]:
+    """The sum of each sample's tokens, S = P·b, of array values; 0 for empty samples."""
+
+    def of_shard(values, starts, lengths):
+        sample = token_samples(starts, lengths, values.shape[0])
+        return jax.ops.segment_sum(values, sample, num_segments=starts.shape[0] + 1)[:-1]
+
+    sums = jax.vmap(of_shard)(sequence.values, sequence.starts, sequence.lengths)
+    return sums.reshape(-1, *sums.shape[2:])
+
+
+def take_places(sequence: Jagged, places: Int[Array, "P b k"]) -> Float[Array, "S k *rest"]:
+    """Each sample's tokens at these places, counted from its oldest, of array values; 0 outside [0, length)."""
+
+    def of_shard(values, starts, lengths, places):
+        inside = (places >= 0) & (places < lengths[:, None])
+        return values.at[jnp.where(inside, starts[:, None] + places, values.shape[0])].get(mode="fill", fill_value=0)
+
+    taken = jax.vmap(of_shard)(sequence.values, sequence.starts, sequence.lengths, places)
+    return taken.reshape(-1, *taken.shape[2:])
+
+
+def prepend(tokens: Float[Array, "S n *rest"], sequence: Jagged) -> Jagged:
+    """The sequences of array values with n tokens before each sample's own: capacity N + b·n, empty samples included.
+
+    Repacked from the first sample to the last, whatever order and gaps there were; tokens of no sample become 0.
+    """
+    n, shards, per_shard = tokens.shape[1], *sequence.starts.shape
+    capacity = sequence.values.shape[1] + per_shard * n
+    tokens = tokens.reshape(shards, per_shard * n, *tokens.shape[2:]).astype(sequence.values.dtype)
+    lengths = sequence.lengths + n
+    starts = jnp.cumsum(lengths, axis=1) - lengths
+
+    def of_shard(values, tokens, old, starts, lengths):
+        sample = token_samples(starts, lengths, capacity)
+        place = jnp.arange(capacity) - starts.at[sample].get(mode="fill", fill_value=0)
+        kept = tokens.shape[0] + old.at[sample].get(mode="fill", fill_value=0) + place - n
+        both = jnp.concatenate([tokens, values])
+        row = jnp.where(place < n, sample * n + place, kept)
+        return both.at[jnp.where(sample < per_shard, row, both.shape[0])].get(mode="fill", fill_value=0)
+
+    values = jax.vmap(of_shard)(sequence.values, tokens, sequence.starts, starts, lengths)
+    return Jagged(values, starts, lengths, sequence.max_length + n)
+
+
 def over_shards(function: Callable, *args: Any) -> Any:
     """Apply a per-shard function to arrays with a leading shard axis P.
 
