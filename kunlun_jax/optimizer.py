@@ -1,11 +1,17 @@
 """The dense parameters' optimiser and the learning-rate schedules, with optax."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, PyTree
+
+from kunlun_jax.sharding import experts_of, variables
+
+FLAT_MULTIPLE = 1024  # raveled parameters are padded to it, so that any number of devices dividing it may share them
 
 
 @dataclass(frozen=True)
@@ -56,19 +62,64 @@ def schedule(config: OptimizerConfig, peak: float, steps: int) -> optax.Schedule
     )  # fmt: skip
 
 
-def dense_optimizer(config: OptimizerConfig, steps: int, params) -> optax.GradientTransformation:
-    """AdamW with a clipped global gradient norm, for a training of `steps` steps on parameters like `params`.
+class FlatParameters:
+    """Dense parameters as few arrays, since a step of hundreds of small ones takes longer to compile than the model.
 
-    The parameters are updated as one vector: a step of hundreds of small arrays otherwise takes longer to compile than
-    the model itself.
+    `ravel` turns a tree like `params` into {"shared": [n], "experts_M": [M, k]}: what belongs to M experts keeps its
+    leading axis, by which a mesh splits it. Matrices come first, so that weight decay needs no mask as large as the
+    parameters. Ends are padded with zeros to a multiple of `FLAT_MULTIPLE`; the layout is the same on every mesh.
+
+    Attributes:
+      decayed: per group, how many leading entries (of each expert) belong to matrices.
     """
-    matrices = jax.tree.map(lambda p: jnp.full(p.shape, float(p.ndim >= 2)), params)
-    decayed = jax.flatten_util.ravel_pytree(matrices)[0]
-    return optax.flatten(
-        optax.chain(
-            optax.clip_by_global_norm(config.clip_norm),
-            optax.scale_by_adam(b1=config.beta1, b2=config.beta2),
-            optax.add_decayed_weights(config.weight_decay * decayed),
-            optax.scale_by_learning_rate(schedule(config, config.learning_rate, steps)),
-        )
+
+    def __init__(self, params: PyTree):
+        self._structure = jax.tree.structure(params)
+        leaves = variables(params)
+        self._shapes = [leaf.shape for leaf in leaves]
+        self._groups: dict[str, list[int]] = {}
+        self.decayed: dict[str, int] = {}
+        for i, leaf in sorted(enumerate(leaves), key=lambda entry: len(entry[1].shape) < 2):
+            group = f"experts_{m}" if (m := experts_of(leaf)) > 1 else "shared"
+            self._groups.setdefault(group, []).append(i)
+            self.decayed[group] = self.decayed.get(group, 0) + (len(leaf.shape) >= 2) * math.prod(leaf.shape) // m
+
+    def ravel(self, tree: PyTree) -> dict[str, Float[Array, "*M n"]]:
+        """Works on one device's share of the experts, too."""
+        leaves, flat = jax.tree.leaves(tree), {}
+        for group, members in self._groups.items():
+            rows = leaves[members[0]].shape[:1] if group != "shared" else ()
+            vectors = [leaves[i].reshape(*rows, -1) for i in members]
+            vectors.append(jnp.zeros((*rows, -sum(v.shape[-1] for v in vectors) % FLAT_MULTIPLE), vectors[0].dtype))
+            flat[group] = jnp.concatenate(vectors, axis=-1)
+        return flat
+
+    def unravel(self, flat: dict[str, Float[Array, "*M n"]]) -> PyTree:
+        """The inverse of `ravel`."""
+        leaves: list[Any] = [None] * len(self._shapes)
+        for group, members in self._groups.items():
+            rows, start = flat[group].shape[:-1], 0
+            for i in members:
+                shape = self._shapes[i][len(rows) :]
+                size = math.prod(shape)
+                leaves[i] = flat[group][..., start : start + size].reshape(*rows, *shape)
+                start += size
+        return jax.tree.unflatten(self._structure, leaves)
+
+
+def dense_optimizer(config: OptimizerConfig, steps: int, flat: FlatParameters) -> optax.GradientTransformation:
+    """AdamW with a clipped global gradient norm on raveled parameters, for a training of `steps` steps."""
+
+    def decay(updates, params):
+        def of_group(group):
+            matrix = jnp.arange(params[group].shape[-1]) < flat.decayed[group]
+            return updates[group] + config.weight_decay * jnp.where(matrix, params[group], 0)
+
+        return {group: of_group(group) for group in updates}
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2),
+        optax.stateless(decay),
+        optax.scale_by_learning_rate(schedule(config, config.learning_rate, steps)),
     )

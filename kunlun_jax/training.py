@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,18 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from kunlun_jax.batch import Batch
 from kunlun_jax.embedding import TableState, embed, init_tables, look_up, update
 from kunlun_jax.metrics import Evaluation
-from kunlun_jax.optimizer import OptimizerConfig, dense_optimizer, schedule
+from kunlun_jax.optimizer import FlatParameters, OptimizerConfig, dense_optimizer, schedule
 from kunlun_jax.schema import FeatureSchema
+from kunlun_jax.sharding import own_rows
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "healthy", "params", "optimizer", "tables"],
+    data_fields=["step", "healthy", "params", "optimizer", "tables", "touched"],
     meta_fields=[],
 )
 @dataclass(frozen=True, eq=False)
@@ -30,14 +31,16 @@ class TrainState:
     """Everything that a step changes; what a checkpoint holds.
 
     `healthy` turns False at the first loss or gradient that is not finite, and from then on steps change nothing: the
-    host, which looks one step late, finds the last good state and can ask it what went wrong.
+    host, which looks one step late, finds the last good state and can ask it what went wrong. `touched` belongs to a
+    mesh whose table replicas are not averaged at every step, and is empty otherwise.
     """
 
     step: Int[Array, ""]
     healthy: Bool[Array, ""]
-    params: nnx.State
+    params: PyTree
     optimizer: optax.OptState
     tables: dict[str, TableState]
+    touched: dict[str, Array] = field(default_factory=dict)
 
 
 class StepReport(NamedTuple):
@@ -52,14 +55,33 @@ class NonFiniteLoss(FloatingPointError):
     """The loss is NaN or infinite; the message names the step and the first bad tensor."""
 
 
-def log_loss(logits: Float[Array, "B tasks"], batch: Batch) -> Float[Array, ""]:
-    """Mean binary cross-entropy over samples and tasks, weighted by sample weight and label mask."""
-    weight = batch.weight[:, None] * batch.label_mask
-    return jnp.sum(weight * optax.sigmoid_binary_cross_entropy(logits, batch.labels)) / jnp.sum(weight)
+def log_loss(logits: Float[Array, "B tasks"], batch: Batch, total: Float[Array, ""] | None = None) -> Float[Array, ""]:
+    """Mean binary cross-entropy over samples and tasks, weighted by sample weight and label mask.
+
+    `total` is the weight to divide by where `batch` is a part of what the mean is over.
+    """
+    weight = label_weights(batch)
+    losses = jnp.sum(weight * optax.sigmoid_binary_cross_entropy(logits, batch.labels))
+    return losses / (jnp.sum(weight) if total is None else total)
+
+
+def label_weights(batch: Batch) -> Float[Array, "B tasks"]:
+    return batch.weight[:, None] * batch.label_mask
+
+
+class Gradients(NamedTuple):
+    """What a step computes before it changes anything; the gradients of the dense parameters raveled."""
+
+    loss: Float[Array, ""]
+    logits: Float[Array, "B tasks"]
+    flat: dict[str, Array]
+    of_rows: dict[str, Array]
+    rows: dict[str, Array]
+    requests: dict[str, Any]
 
 
 class Learner:
-    """A model, its tables and their optimisers as two compiled functions.
+    """A model, its tables and their optimisers as two compiled functions, on one device.
 
     Args:
       model: maps an EmbeddedBatch to logits; only its structure is kept, its parameters go into `init()`.
@@ -67,75 +89,146 @@ class Learner:
     """
 
     def __init__(self, model: nnx.Module, schema: FeatureSchema, config: OptimizerConfig, *, steps: int):
-        self.schema, self.config = schema, config
+        self.schema, self.config, self.steps = schema, config, steps
         self.graphdef, self._params = nnx.split(model)
-        self.optimizer = dense_optimizer(config, steps, self._params)
+        self.flat = FlatParameters(self._params)
+        self.optimizer = dense_optimizer(config, steps, self.flat)
         self.table_rate = schedule(config, config.table_learning_rate, steps)
         self.train_step = jax.jit(self._train_step, donate_argnums=0)
         self.predict = jax.jit(self._predict)
+        self._diagnose = jax.jit(self._find_non_finite)
 
     def init(self, seed: int) -> TrainState:
-        tables = init_tables(
+        params = jax.tree.map(jnp.copy, self._params)  # steps donate their state; the model's own stay usable
+        optimizer = self.optimizer.init(self.flat.ravel(params))
+        return TrainState(jnp.zeros((), jnp.int32), jnp.array(True), params, optimizer, self._init_tables(seed))
+
+    def _init_tables(self, seed: int) -> dict[str, TableState]:
+        return init_tables(
             self.schema,
             key=jax.random.key(seed),
             scale=self.config.table_scale,
             initial_accumulator=self.config.table_initial_accumulator,
         )
-        params = jax.tree.map(jnp.copy, self._params)  # steps donate their state; the model's own stay usable
-        return TrainState(jnp.zeros((), jnp.int32), jnp.array(True), params, self.optimizer.init(params), tables)
+
+    # What a mesh does differently. On one device a checkpoint holds the state as it is.
+
+    def place(self, batch: Batch) -> Batch:
+        """A host batch where the steps expect it."""
+        return batch
+
+    def abstract(self) -> TrainState:
+        """Shapes, and places, of what `portable` returns: the target to restore a checkpoint to."""
+        return jax.eval_shape(lambda: self.init(0))
+
+    def portable(self, state: TrainState) -> TrainState:
+        """The state as every mesh understands it; a checkpoint holds this."""
+        return state
+
+    def adopt(self, state: TrainState) -> TrainState:
+        """The inverse of `portable`, on this learner's devices."""
+        return state
+
+    def in_sync(self, step: int) -> bool:
+        """Whether all table replicas agree after `step`, so that a checkpoint may be written."""
+        return True
+
+    def _whole(self, params: PyTree) -> PyTree:
+        return params
+
+    def _look_up(self, tables, batch: Batch):
+        rows, plans = look_up(self.schema, tables, batch)
+        return rows, plans, plans
+
+    def _total_weight(self, batch: Batch) -> Float[Array, ""]:
+        return jnp.sum(label_weights(batch))
+
+    def _combine(self, gradients: Gradients) -> tuple[Gradients, Bool[Array, ""]]:
+        """Gradients of the whole batch, and whether all are finite."""
+        finite = jnp.isfinite(gradients.loss) & jnp.isfinite(optax.tree.norm((gradients.flat, gradients.of_rows)))
+        return gradients, finite
+
+    def _update_tables(self, state: TrainState, gradients: Gradients, healthy):
+        tables = update(
+            state.tables,
+            gradients.requests,
+            gradients.of_rows,
+            learning_rate=self.table_rate(state.step),
+            epsilon=self.config.table_epsilon,
+            ok=healthy,
+        )
+        return tables, state.touched
+
+    def _run(self, state: TrainState, batch: Batch):
+        return self._device_step(state, batch)
+
+    # The step.
 
     def _predict(self, params, tables, batch: Batch) -> Float[Array, "B tasks"]:
-        rows, plans = look_up(self.schema, tables, batch)
-        return nnx.merge(self.graphdef, params)(embed(self.schema, batch, rows, plans))
+        rows, plans, _ = self._look_up(tables, batch)
+        return nnx.merge(self.graphdef, self._whole(params))(embed(self.schema, batch, rows, plans))
 
-    def _gradients(self, params, tables, batch: Batch):
-        rows, plans = look_up(self.schema, tables, batch)
+    def _gradients(self, params, tables, batch: Batch) -> Gradients:
+        rows, plans, requests = self._look_up(tables, batch)
+        total = self._total_weight(batch)
 
         def loss_of(params, rows):
             logits = nnx.merge(self.graphdef, params)(embed(self.schema, batch, rows, plans))
-            return log_loss(logits, batch), logits
+            return log_loss(logits, batch, total), logits
 
-        (loss, logits), grads = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)(params, rows)
-        return loss, logits, grads, rows, plans
+        differentiate = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+        (loss, logits), (grads, row_grads) = differentiate(self._whole(params), rows)
+        return Gradients(loss, logits, self.flat.ravel(grads), row_grads, rows, requests)
+
+    def _device_step(self, state: TrainState, batch: Batch):
+        """What a device does with its batch shard: everything but the dense parameters' step."""
+        gradients, finite = self._combine(self._gradients(state.params, state.tables, batch))
+        healthy = state.healthy & finite
+        tables, touched = self._update_tables(state, gradients, healthy)
+        return gradients.loss, gradients.logits, gradients.flat, healthy, tables, touched
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
-        loss, logits, (grads, row_grads), _, plans = self._gradients(state.params, state.tables, batch)
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm((grads, row_grads)))
-        healthy = state.healthy & finite
-        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
+        loss, logits, grads, healthy, tables, touched = self._run(state, batch)
+        params = self._as_flat(state.params)
+        updates, optimizer = self.optimizer.update(grads, state.optimizer, params)
         keep = partial(jax.tree.map, lambda new, old: jnp.where(healthy, new, old))
         new = TrainState(
             step=state.step + healthy,
             healthy=healthy,
-            params=keep(optax.apply_updates(state.params, updates), state.params),
+            params=self._from_flat(keep(optax.apply_updates(params, updates), params)),
             optimizer=keep(optimizer, state.optimizer),
-            tables=update(
-                state.tables,
-                plans,
-                row_grads,
-                learning_rate=self.table_rate(state.step),
-                epsilon=self.config.table_epsilon,
-                ok=healthy,
-            ),
+            tables=tables,
+            touched=touched,
         )
         return new, StepReport(loss, logits, healthy)
+
+    def _as_flat(self, params):
+        return self.flat.ravel(params)
+
+    def _from_flat(self, flat):
+        return self.flat.unravel(flat)
+
+    def _find_non_finite(self, state: TrainState, batch: Batch):
+        """The loss, and per tensor of a step whether it is bad; groups in the order in which a step computes them."""
+        gradients = self._gradients(state.params, state.tables, batch)
+        groups = (
+            {"dense": batch.dense, **{name: events.values for name, events in batch.events.items()}},
+            gradients.rows,
+            state.params,
+            gradients.logits,
+            gradients.loss,
+            self.flat.unravel(gradients.flat),
+            gradients.of_rows,
+        )
+        return gradients.loss, jax.tree.map(lambda x: ~jnp.isfinite(x).all(), groups)
 
     def check_healthy(self, report: StepReport, state: TrainState, batch: Batch, step: int) -> None:
         """Raise NonFiniteLoss if the step on `batch` met a NaN or an infinity; `state` is any state since then."""
         if report.healthy:
             return
-        loss, logits, (grads, row_grads), rows, _ = jax.jit(self._gradients)(state.params, state.tables, batch)
-        groups = {
-            "input": {"dense": batch.dense, **{name: events.values for name, events in batch.events.items()}},
-            "embeddings of table": rows,
-            "parameter": state.params,
-            "logits": logits,
-            "loss": loss,
-            "gradient of": grads,
-            "gradient of table": row_grads,
-        }
+        loss, bad = self._diagnose(state, self.place(batch))
         raise NonFiniteLoss(
-            f"step {step}: the loss is {float(loss)}; the first tensor that is not finite: {_first_bad(groups)}. The "
+            f"step {step}: the loss is {float(loss)}; the first tensor that is not finite: {_first_bad(bad)}. The "
             f"last checkpoint is untouched; check the data of that step, or lower the learning rates"
         )
 
@@ -143,24 +236,30 @@ class Learner:
         """Predict `batches` and compare with their labels."""
         evaluation = Evaluation(tasks=self.schema.tasks, base_rates=base_rates)
         for batch in batches:
-            logits = self.predict(state.params, state.tables, batch)
+            logits = self.predict(state.params, state.tables, self.place(batch))
             evaluation = add_predictions(evaluation, logits, batch, self.schema)
         return evaluation
 
 
-def _first_bad(groups) -> str:
+GROUPS = ("input", "embeddings of table", "parameter", "logits", "loss", "gradient of", "gradient of table")
+
+
+def _first_bad(bad) -> str:
     """The name of the first tensor with a NaN or infinity, in the order in which a step computes them."""
-    for group, tree in groups.items():
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            if not jnp.isfinite(leaf).all():
+    for group, tree in zip(GROUPS, bad, strict=True):
+        for path, flag in jax.tree_util.tree_leaves_with_path(tree):
+            if flag:
                 return f"{group} {jax.tree_util.keystr(path, simple=True, separator='.')}".strip()
     return "none on a second look; the step is not reproducible"
 
 
 def add_predictions(evaluation: Evaluation, logits, batch: Batch, schema: FeatureSchema) -> Evaluation:
-    """The evaluation with a batch's predictions added, grouped by the schema's group field where there is one."""
+    """The evaluation with a batch's predictions added, grouped by the schema's group field where there is one.
+
+    On several processes each adds the part of the batch that it feeds.
+    """
     labels, mask, weight = (np.asarray(x) for x in (batch.labels, batch.label_mask, batch.weight))
-    return evaluation.update(np.asarray(logits), labels, mask, weight, groups_of(batch, schema))
+    return evaluation.update(own_rows(logits), labels, mask, weight, groups_of(batch, schema))
 
 
 def groups_of(batch: Batch, schema: FeatureSchema) -> np.ndarray | None:
@@ -212,7 +311,7 @@ def fit(
         timings.waited += time.perf_counter() - before
         if batch is not None:
             announce_compilation(batch, shapes, step + 1)
-            state, report = learner.train_step(state, batch)
+            state, report = learner.train_step(state, learner.place(batch))
         if pending is not None:
             done_step, done_report, done_batch = pending
             learner.check_healthy(done_report, state, done_batch, done_step)

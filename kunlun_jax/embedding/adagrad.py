@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kunlun_jax.embedding.tables import Plan, TableState
 
@@ -51,26 +51,31 @@ def update(
         expected = (table_rows if plan.uids is None else plan.uids.size, width)
         if grad.shape != expected:
             raise ValueError(f"update: the gradient of table {name!r} is {list(grad.shape)}, expected {list(expected)}")
-        step = _step_all_rows if plan.uids is None else _step_rows
-        updated[name] = step(tables[name], plan, grad, learning_rate, epsilon, jnp.asarray(ok))
+        if plan.uids is None:
+            updated[name] = step_all_rows(tables[name], grad, learning_rate, epsilon, jnp.asarray(ok))
+        else:
+            updated[name] = step_rows(tables[name], plan.uids, grad, learning_rate, epsilon, jnp.asarray(ok))
     return updated
 
 
-def _step_all_rows(table, plan, grad, learning_rate, epsilon, ok):
-    """The table is no larger than the batch's ids; a row that none of them names has gradient 0 and stays."""
+def step_all_rows(table: TableState, grad: Float[Array, "V width"], learning_rate, epsilon, ok) -> TableState:
+    """A step on a table no larger than the batch's ids; a row that none of them names has gradient 0 and stays."""
     grad = jnp.where(ok, grad, 0)
     accumulator = table.accumulator + jnp.mean(grad * grad, axis=-1)
     step = learning_rate * grad / (jnp.sqrt(accumulator) + epsilon)[:, None]
     return TableState(table.rows - step, accumulator)
 
 
-def _step_rows(table, plan, grad, learning_rate, epsilon, ok):
+def step_rows(
+    table: TableState, uids: Int[Array, "n"], grad: Float[Array, "n width"], learning_rate, epsilon, ok, c: float = 1.0
+) -> TableState:
+    """A step on the rows `uids`, which are as in `Plan`; the accumulator is divided by `c` under the root."""
     table_rows = table.rows.shape[0]
     # A skipped step moves all ids beyond the table: choosing between old and new tables would copy them.
-    uids = jnp.where(ok, plan.uids, table_rows + jnp.arange(plan.uids.size, dtype=jnp.int32))
+    uids = jnp.where(ok, uids, table_rows + jnp.arange(uids.size, dtype=jnp.int32))
     hints = {"unique_indices": True, "indices_are_sorted": True}
     accumulator = table.accumulator.at[uids].get(mode="fill", fill_value=0, **hints) + jnp.mean(grad * grad, axis=-1)
-    step = learning_rate * grad / (jnp.sqrt(accumulator) + epsilon)[:, None]
+    step = learning_rate * grad / (jnp.sqrt(accumulator / c) + epsilon)[:, None]
     return TableState(
         table.rows.at[uids].add(-step, mode="drop", **hints),
         table.accumulator.at[uids].set(accumulator, mode="drop", **hints),

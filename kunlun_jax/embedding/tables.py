@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from kunlun_jax.batch import Batch, EmbeddedBatch
 from kunlun_jax.jagged import Jagged
-from kunlun_jax.schema import FeatureSchema, SparseField
+from kunlun_jax.schema import FeatureSchema, SparseField, Table
 
 
 class TableState(NamedTuple):
@@ -63,12 +63,18 @@ def init_tables(
     if scale < 0 or initial_accumulator < 0:
         raise ValueError(f"init_tables: scale {scale} and initial_accumulator {initial_accumulator}; need at least 0")
 
-    def fresh(key, rows, width):
-        accumulator = jnp.full(rows, initial_accumulator, jnp.float32)
-        return TableState(scale * jax.random.normal(key, (rows, width), jnp.float32), accumulator)
+    def fresh(key, table):
+        return fresh_table(table, table.rows, key=key, scale=scale, initial_accumulator=initial_accumulator)
 
-    fresh = jax.jit(fresh, static_argnums=(1, 2))
-    return {t.name: fresh(jax.random.fold_in(key, zlib.crc32(t.name.encode())), t.rows, t.width) for t in schema.tables}
+    fresh = jax.jit(fresh, static_argnums=1)
+    return {table.name: fresh(key, table) for table in schema.tables}
+
+
+def fresh_table(table: Table, rows: int, *, key: PRNGKeyArray, scale: float, initial_accumulator: float) -> TableState:
+    """A fresh table with `rows` rows, of which the first do not depend on how many follow them."""
+    key = jax.random.fold_in(key, zlib.crc32(table.name.encode()))
+    accumulator = jnp.full(rows, initial_accumulator, jnp.float32)
+    return TableState(scale * jax.random.normal(key, (rows, table.width), jnp.float32), accumulator)
 
 
 def look_up(
@@ -84,13 +90,13 @@ def look_up(
     """
     _check_tables(schema, tables)
     rows, plans = {}, {}
-    for name, ids in _ids_by_table(schema, batch).items():
+    for name, ids in ids_by_table(schema, batch).items():
         table = tables[name].rows
         total = sum(x.size for x in ids.values())
         if table.shape[0] <= total:
             plans[name], rows[name] = Plan(None, ids), table
         else:
-            plans[name] = _plan_distinct(ids, table.shape[0])
+            plans[name] = plan_distinct(ids, table.shape[0])
             rows[name] = table.at[plans[name].uids].get(
                 mode="fill", fill_value=0, unique_indices=True, indices_are_sorted=True
             )
@@ -139,11 +145,27 @@ def _mean_rows(rows: Float[Array, "n width"], places: Int[Array, "*rest k"]) -> 
     return total / jnp.maximum(count, 1)
 
 
-def _plan_distinct(ids: dict[str, Int[Array, "*ids"]], table_rows: int) -> Plan:
+def plan_distinct(ids: Mapping[str, Int[Array, "*ids"]], table_rows: int) -> Plan:
+    """The plan by distinct ids of a table of `table_rows` rows; every larger id is padding."""
     flat = jnp.concatenate([x.reshape(-1) for x in ids.values()])
-    n = flat.size
+    uids, places = distinct(flat, table_rows)
+    # Padding's position lies beyond the rows, so that it reads 0 and its gradient is dropped.
+    places = jnp.where(flat < table_rows, places, flat.size)
+    split, start = {}, 0
+    for name, x in ids.items():
+        split[name] = places[start : start + x.size].reshape(x.shape)
+        start += x.size
+    return Plan(uids, split)
+
+
+def distinct(ids: Int[Array, "n"], table_rows: int) -> tuple[Int[Array, "n"], Int[Array, "n"]]:
+    """The distinct ids below `table_rows`, ascending, then distinct numbers that name no row; and each id's position.
+
+    All ids from `table_rows` on share positions behind those of the others.
+    """
+    n = ids.size
     position = jnp.arange(n, dtype=jnp.int32)
-    by_id, order = lax.sort((flat, position), num_keys=1, is_stable=True)
+    by_id, order = lax.sort((ids, position), num_keys=1, is_stable=True)
     first = jnp.concatenate([jnp.ones(1, bool), by_id[1:] != by_id[:-1]])
     run = jnp.cumsum(first, dtype=jnp.int32) - 1
     uids = (
@@ -151,13 +173,7 @@ def _plan_distinct(ids: dict[str, Int[Array, "*ids"]], table_rows: int) -> Plan:
         .at[run]
         .set(jnp.where(by_id < table_rows, by_id, table_rows + run), indices_are_sorted=True)
     )
-    # Padding's position lies beyond the rows, so that it reads 0 and its gradient is dropped.
-    places = jnp.zeros(n, jnp.int32).at[order].set(jnp.where(by_id < table_rows, run, n), unique_indices=True)
-    split, start = {}, 0
-    for name, x in ids.items():
-        split[name] = places[start : start + x.size].reshape(x.shape)
-        start += x.size
-    return Plan(uids, split)
+    return uids, jnp.zeros(n, jnp.int32).at[order].set(run, unique_indices=True)
 
 
 def _fields(schema: FeatureSchema) -> list[tuple[str, SparseField]]:
@@ -170,7 +186,7 @@ def _event_field(event: str, field: str) -> str:
     return f"{event}.{field}"
 
 
-def _ids_by_table(schema: FeatureSchema, batch: Batch) -> dict[str, dict[str, Int[Array, "*ids k"]]]:
+def ids_by_table(schema: FeatureSchema, batch: Batch) -> dict[str, dict[str, Int[Array, "*ids k"]]]:
     found = {f.name: batch.sparse.get(f.name) for f in schema.sparse}
     for event in schema.events:
         values = batch.events[event.name].values if event.name in batch.events else {}

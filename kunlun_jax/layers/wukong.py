@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kunlun_jax.layers.mlp import cast, normal
+from kunlun_jax.layers.mlp import cast
+from kunlun_jax.sharding import ExpertParam, from_experts, to_experts
 
 ExpertInputs = Literal["sliced", "all"]
 
@@ -24,7 +25,7 @@ class WukongExperts(nnx.Module):
     "sliced" deals the tokens round-robin over the experts; since outputs are joined expert by expert, the next layer's
     deal mixes them, and after two layers every output sees every input [choice]. "all" gives every expert all tokens.
     Experts are the leading axis of every parameter: they run as batched products and are the unit of expert
-    parallelism.
+    parallelism. On a mesh a device holds some of them and the tokens of its group travel to them and back.
 
     Raises:
       ValueError: inputs or outputs don't divide over the experts, or there are too few outputs per expert to mix.
@@ -60,27 +61,28 @@ class WukongExperts(nnx.Module):
         n_l = m - n_f
         self.n_f = n_f
         if n_l:
-            self.linear_compression = normal(rngs, (experts, n_l, n), n**-0.5)
-        self.factor = normal(rngs, (experts, n, rank), n**-0.5)
-        self.fm_scale = nnx.Param(jnp.ones((experts, 1, n * rank)))
-        self.fm_bias = nnx.Param(jnp.zeros((experts, 1, n * rank)))
-        self.fm_in = normal(rngs, (experts, n * rank, hidden), (n * rank) ** -0.5)
-        self.fm_in_bias = nnx.Param(jnp.zeros((experts, 1, hidden)))
-        self.fm_out = normal(rngs, (experts, hidden, n_f * width), hidden**-0.5)
-        self.fm_out_bias = nnx.Param(jnp.zeros((experts, 1, n_f * width)))
-        self.residual = nnx.Param(
+            self.linear_compression = _normal(rngs, (experts, n_l, n), n**-0.5)
+        self.factor = _normal(rngs, (experts, n, rank), n**-0.5)
+        self.fm_scale = ExpertParam(jnp.ones((experts, 1, n * rank)))
+        self.fm_bias = ExpertParam(jnp.zeros((experts, 1, n * rank)))
+        self.fm_in = _normal(rngs, (experts, n * rank, hidden), (n * rank) ** -0.5)
+        self.fm_in_bias = ExpertParam(jnp.zeros((experts, 1, hidden)))
+        self.fm_out = _normal(rngs, (experts, hidden, n_f * width), hidden**-0.5)
+        self.fm_out_bias = ExpertParam(jnp.zeros((experts, 1, n_f * width)))
+        self.residual = ExpertParam(
             _pass_first(experts, m, n, expert_inputs) + 0.01 * jax.random.normal(rngs.params(), (experts, m, n))
         )
-        self.scale = nnx.Param(jnp.ones((experts, 1, 1, width)))
-        self.bias = nnx.Param(jnp.zeros((experts, 1, 1, width)))
+        self.scale = ExpertParam(jnp.ones((experts, 1, 1, width)))
+        self.bias = ExpertParam(jnp.zeros((experts, 1, 1, width)))
 
     def __call__(self, x: Float[Array, "B n_in d"]) -> Float[Array, "B n_out d"]:
-        tokens = self._deal(x.astype(self.dtype))
+        tokens = to_experts(self._deal(x.astype(self.dtype)), self.factor.shape[0])
         parts = [self._factorisation(tokens)]
         if hasattr(self, "linear_compression"):
             parts.append(jnp.einsum("mon,mbnd->mbod", *cast(self.dtype, self.linear_compression), tokens))
         residual = jnp.einsum("mon,mbnd->mbod", *cast(self.dtype, self.residual), tokens)
         out = _layer_norm(jnp.concatenate(parts, axis=2) + residual, self.scale, self.bias, self.dtype)
+        out = from_experts(out, self.experts)
         return out.transpose(1, 0, 2, 3).reshape(x.shape[0], -1, self.width)
 
     def _deal(self, x: Float[Array, "B n_in d"]) -> Float[Array, "M B n d"]:
@@ -97,6 +99,10 @@ class WukongExperts(nnx.Module):
         hidden = nnx.silu(jnp.einsum("mbi,mih->mbh", fm, w_in) + b_in)
         out = jnp.einsum("mbh,mho->mbo", hidden, w_out) + b_out
         return out.reshape(*out.shape[:2], self.n_f, self.width)
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> ExpertParam:
+    return ExpertParam(scale * jax.random.normal(rngs.params(), shape, jnp.float32))
 
 
 def _layer_norm(x, scale, bias, dtype):

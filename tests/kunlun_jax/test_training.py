@@ -15,7 +15,8 @@ from kunlun_jax.batch import EmbeddedBatch
 from kunlun_jax.embedding import embed, look_up, update
 from kunlun_jax.layers.features import SetTokens
 from kunlun_jax.metrics import Evaluation
-from kunlun_jax.optimizer import OptimizerConfig, dense_optimizer, schedule
+from kunlun_jax.optimizer import FlatParameters, OptimizerConfig, dense_optimizer, schedule
+from kunlun_jax.sharding import ExpertParam
 from kunlun_jax.training import Learner, NonFiniteLoss, fit, groups_of, log_loss
 
 CONFIG = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, warmup=0.2, table_learning_rate=0.05)
@@ -100,12 +101,29 @@ def test_schedule_rises_then_falls_to_its_final_share():
 
 
 def test_weight_decay_spares_vectors():
-    params = {"matrix": jnp.ones((2, 2)), "bias": jnp.ones(2)}
-    optimizer = dense_optimizer(OptimizerConfig(weight_decay=0.5), 4, params)
-    zero = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    params = {"a_bias": jnp.ones(2), "matrix": jnp.ones((2, 2)), "z_bias": jnp.ones(3)}
+    flat = FlatParameters(params)
+    optimizer = dense_optimizer(OptimizerConfig(weight_decay=0.5), 4, flat)
+    raveled, zero = flat.ravel(params), flat.ravel(jax.tree.map(jnp.zeros_like, params))
+    updates = flat.unravel(optimizer.update(zero, optimizer.init(raveled), raveled)[0])
     assert (updates["matrix"] < 0).all()
-    assert (updates["bias"] == 0).all()
+    assert (updates["a_bias"] == 0).all()
+    assert (updates["z_bias"] == 0).all()
+
+
+def test_raveling_keeps_the_experts_apart_and_is_undone():
+    rng = np.random.default_rng(0)
+    shapes = {"bias": (3,), "one": (1, 5), "two": (4, 3, 2), "matrix": (5, 7), "w": (4, 6)}
+    values = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    params = {k: ExpertParam(v) if k in ("one", "two", "w") else v for k, v in values.items()}
+    flat = FlatParameters(params)
+    raveled = flat.ravel(params)
+    assert {k: v.shape for k, v in raveled.items()} == {"shared": (1024,), "experts_4": (4, 1024)}
+    assert flat.decayed == {"shared": 40, "experts_4": 12}
+    chex.assert_trees_all_equal(flat.unravel(raveled), params)
+    for expert in range(4):
+        own = np.concatenate([values["two"][expert].ravel(), values["w"][expert]])
+        np.testing.assert_array_equal(raveled["experts_4"][expert, :12], own)
 
 
 def test_samples_of_weight_zero_change_nothing(learner, schema):
