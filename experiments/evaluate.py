@@ -15,7 +15,7 @@ from flax import nnx
 
 from kunlun_jax.checkpoint import CheckpointError, Checkpoints
 from kunlun_jax.data.pipeline import loader
-from kunlun_jax.models.kunlun import Kunlun
+from kunlun_jax.models import build
 from kunlun_jax.run import CHECKPOINTS, load_config, load_samples
 from kunlun_jax.training import Learner
 
@@ -31,7 +31,7 @@ def evaluate(run: Path, part: Literal["train", "validation", "test"] = "test", s
     config = load_config(run)
     samples, _ = load_samples(config)
     schema, base_rates = samples["train"].schema, samples["train"].base_rates()
-    learner = Learner(Kunlun(config.model, schema, rngs=nnx.Rngs(0)), schema, config.optimizer, steps=1)
+    learner = Learner(build(config.model, schema, rngs=nnx.Rngs(0)), schema, config.optimizer, steps=1)
     with Checkpoints(run / CHECKPOINTS, schema=schema) as checkpoints:
         restored = checkpoints.restore(learner.init(0), step)
     batches = loader(

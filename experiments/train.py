@@ -1,13 +1,15 @@
-"""Train Kunlun and leave a run behind: config, log, summary, plots, checkpoints.
+"""Train a model and leave a run behind: config, log, summary, plots, checkpoints.
 
-    python experiments/train.py movielens                       # two CPU cores: about 4 minutes
+    python experiments/train.py movielens                       # Kunlun; two CPU cores: about 4 minutes
+    python experiments/train.py movielens --model interformer   # or wukong, din, dcnv2
     python experiments/train.py synthetic --epochs 5 --model.width 64
     python experiments/train.py movielens --resume              # goes on after an interruption, bit for bit
 
-The result is written to runs/<preset>/ (--out names another directory). SIGTERM or Ctrl-C saves and stops.
+--model NAME picks the model whose settings the other options then name. The result is written to runs/<preset>/, with
+-NAME added for a model other than Kunlun (--out names another directory). SIGTERM or Ctrl-C saves and stops.
 """
 
-import dataclasses
+import argparse
 import sys
 import warnings
 from dataclasses import dataclass
@@ -24,8 +26,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from kunlun_jax.checkpoint import CheckpointError
 from kunlun_jax.config import TrainConfig
 from kunlun_jax.data.pipeline import loader
-from kunlun_jax.flops import kunlun_flops, total
-from kunlun_jax.models.kunlun import Kunlun
+from kunlun_jax.flops import model_flops, total
+from kunlun_jax.models import build, name_of, named
 from kunlun_jax.plots import plot_run
 from kunlun_jax.run import Run, load_samples, stop_on_sigterm
 from kunlun_jax.training import Learner, NonFiniteLoss, fit
@@ -62,7 +64,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> int:
 
     per_epoch = -(-len(samples["train"]) // config.batch_size)
     steps = config.epochs * per_epoch
-    model = Kunlun(config.model.check(schema), schema, rngs=nnx.Rngs(config.seed))
+    model = build(config.model, schema, rngs=nnx.Rngs(config.seed))
     learner = Learner(model, schema, config.optimizer, steps=steps)
     state, stream = learner.init(config.seed), batches("train", epochs=config.epochs, shuffle=config.shuffle)
 
@@ -123,9 +125,10 @@ def _describe(console, config, schema, samples, state, steps) -> None:
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     rows = sum(t.rows for t in schema.tables)
     lengths = {name: e.stop - e.start for name, e in samples["train"].events.items()}
-    gflops = total(kunlun_flops(config.model, schema, lengths)) / 1e9
+    title = named(name_of(config.model)).title
+    gflops = total(model_flops(config.model, schema, lengths)) / 1e9
     console.print(
-        f"Kunlun on {config.data}: {len(samples['train']):,} training samples, {steps} steps of {config.batch_size}; "
+        f"{title} on {config.data}: {len(samples['train']):,} training samples, {steps} steps of {config.batch_size}; "
         f"{parameters:,} dense parameters, {rows:,} table rows, {gflops:.4f} GFLOP per sample forward; "
         f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
     )
@@ -148,22 +151,37 @@ def _line(values: dict, tasks) -> str:
 
 def main() -> int:
     absl.logging.set_verbosity(absl.logging.FATAL)  # orbax logs whole tracebacks before our one line
-    presets = {
-        name: (
-            f"Settings of the preset {name!r}.",
-            dataclasses.replace(_DEFAULT, config=preset(), out=Path("runs") / name),
-        )
-        for name, preset in PRESETS.items()
-    }
     try:
-        options = tyro.extras.overridable_config_cli(presets, prog="train.py", description=__doc__)
+        model, arguments = model_argument(sys.argv[1:])
+        suffix = "" if model == "kunlun" else f"-{model}"
+        presets = {
+            name: (
+                f"Settings of the preset {name!r}.",
+                Options(config=preset(model), out=Path("runs") / f"{name}{suffix}"),
+            )
+            for name, preset in PRESETS.items()
+        }
+        options = tyro.extras.overridable_config_cli(
+            presets, prog="train.py", description=__doc__, args=arguments, config=(tyro.conf.AvoidSubcommands,)
+        )
         return train(options.config, options.out, resume=options.resume)
     except (CheckpointError, NonFiniteLoss, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-_DEFAULT = Options(config=TrainConfig.movielens(), out=Path("runs"))
+def model_argument(arguments: list[str]) -> tuple[str, list[str]]:
+    """The name after --model, "kunlun" without one, and the other arguments: which options exist depends on it.
+
+    Raises:
+      ValueError: no model has that name.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", default="kunlun")
+    known, others = parser.parse_known_args(arguments)
+    named(known.model)
+    return known.model, others
+
 
 if __name__ == "__main__":
     sys.exit(main())

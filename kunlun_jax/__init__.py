@@ -6,20 +6,27 @@ from kunlun_jax.config import EventConfig, KunlunConfig, TrainConfig
 from kunlun_jax.embedding import embed, init_tables, look_up, update
 from kunlun_jax.jagged import Jagged
 from kunlun_jax.metrics import Evaluation
-from kunlun_jax.models.kunlun import Kunlun
+from kunlun_jax.model_configs import DCNv2Config, DINConfig, InterFormerConfig, WukongConfig
+from kunlun_jax.models import DIN, DCNv2, InterFormer, Kunlun, Wukong
 from kunlun_jax.optimizer import OptimizerConfig
 from kunlun_jax.schema import DenseField, EventType, FeatureSchema, SparseField, Table
 from kunlun_jax.training import Learner, TrainState, fit
 
 __all__ = [
+    "DIN",
     "Batch",
     "Checkpoints",
+    "DCNv2",
+    "DCNv2Config",
+    "DINConfig",
     "DenseField",
     "EmbeddedBatch",
     "Evaluation",
     "EventConfig",
     "EventType",
     "FeatureSchema",
+    "InterFormer",
+    "InterFormerConfig",
     "Jagged",
     "Kunlun",
     "KunlunConfig",
@@ -29,6 +36,8 @@ __all__ = [
     "Table",
     "TrainConfig",
     "TrainState",
+    "Wukong",
+    "WukongConfig",
     "check_batch",
     "embed",
     "fit",

@@ -9,7 +9,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from kunlun_jax.data.synthetic import SyntheticConfig
 from kunlun_jax.data.synthetic import make_schema as make_synthetic_schema
 from kunlun_jax.jagged import CAPACITY_FRACTIONS
-from kunlun_jax.model_configs import EventConfig, KunlunConfig, at_least_one
+from kunlun_jax.model_configs import EventConfig, KunlunConfig, ModelConfig, at_least_one
+from kunlun_jax.models import named
 from kunlun_jax.optimizer import OptimizerConfig
 
 __all__ = ["EventConfig", "KunlunConfig", "TrainConfig", "from_dict", "to_dict"]
@@ -31,7 +32,7 @@ class TrainConfig:
       log_every, save_every: steps between lines in the log, and between checkpoints.
     """
 
-    model: KunlunConfig
+    model: ModelConfig
     data: Literal["movielens", "synthetic"] = "movielens"
     data_directory: Path = Path("data/ml-100k")
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
@@ -50,22 +51,29 @@ class TrainConfig:
             raise ValueError(f"seed: must not be negative, got {self.seed}")
 
     @classmethod
-    def movielens(cls) -> "TrainConfig":
-        """MovieLens-100K in time order."""
+    def movielens(cls, model: str = "kunlun") -> "TrainConfig":
+        """MovieLens-100K in time order.
+
+        Raises:
+          ValueError: no model has this name.
+        """
         return cls(
-            model=KunlunConfig.movielens(),
+            model=named(model).config.movielens(),
             optimizer=OptimizerConfig(learning_rate=2e-3),
             batch_size=500,
             capacity_fractions=(0.25, 0.5, 1.0),
         )
 
     @classmethod
-    def synthetic_stream(cls) -> "TrainConfig":
-        """The generated stream, whose best possible NE is known."""
+    def synthetic_stream(cls, model: str = "kunlun") -> "TrainConfig":
+        """The generated stream, whose best possible NE is known.
+
+        Raises:
+          ValueError: no model has this name.
+        """
         synthetic = SyntheticConfig(train=40_000, validation=4_000, test=4_000)
-        model = KunlunConfig.tiny(make_synthetic_schema(synthetic))
         return cls(
-            model=model,
+            model=named(model).config.tiny(make_synthetic_schema(synthetic)),
             data="synthetic",
             synthetic=synthetic,
             # Fresh rows of the size of the other tokens: products of small rows learn slowly.
