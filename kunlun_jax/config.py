@@ -112,6 +112,10 @@ def from_dict(kind: Any, values: Any, *, where: str = "config") -> Any:
     if origin is tuple and isinstance(values, list):
         return tuple(from_dict(arguments[0], v, where=where) for v in values)
     if origin in (Union, UnionType):
+        if isinstance(values, dict) and (configs := [o for o in arguments if dataclasses.is_dataclass(o)]):
+            # The class whose fields differ least, so that an error names what is wrong in that class.
+            differences = [len(values.keys() ^ {f.name for f in dataclasses.fields(o)}) for o in configs]
+            return from_dict(configs[differences.index(min(differences))], values, where=where)
         for option in arguments:
             try:
                 return from_dict(option, values, where=where)
