@@ -113,9 +113,10 @@ def from_dict(kind: Any, values: Any, *, where: str = "config") -> Any:
         return tuple(from_dict(arguments[0], v, where=where) for v in values)
     if origin in (Union, UnionType):
         if isinstance(values, dict) and (configs := [o for o in arguments if dataclasses.is_dataclass(o)]):
-            # The class whose fields differ least, so that an error names what is wrong in that class.
-            differences = [len(values.keys() ^ {f.name for f in dataclasses.fields(o)}) for o in configs]
-            return from_dict(configs[differences.index(min(differences))], values, where=where)
+            # The class that knows most of the fields and has the fewest others: an error then names what is wrong.
+            names = [{f.name for f in dataclasses.fields(o)} for o in configs]
+            known = [(-len(values.keys() & n), len(n)) for n in names]
+            return from_dict(configs[known.index(min(known))], values, where=where)
         for option in arguments:
             try:
                 return from_dict(option, values, where=where)
