@@ -136,15 +136,24 @@ def _check_values(operator, names, starts, lengths, rows, max_length, prefix, ma
             f"{names[0]}[{b}] {starts[b]} + {names[1]}[{b}] {lengths[b]} = {ends[b]} is beyond the array's {rows} rows"
         ),
     )
-    if may_coincide:
-        return
+    if not may_coincide and (pair := _overlapping(starts, lengths)):
+        a, b = pair
+        raise ValueError(
+            f"{operator}: samples {a} and {b} overlap: rows [{starts[a]}, {ends[a]}) and [{starts[b]}, {ends[b]}); "
+            f"every row may belong to one sample"
+        )
+
+
+def _overlapping(starts, lengths) -> tuple[int, int] | None:
+    """Two samples that share rows, if any do."""
     order = np.argsort(starts, kind="stable")
     order = order[lengths[order] > 0]
     a, b = order[:-1], order[1:]
-    refuse(
-        ends[a] > starts[b],
-        lambda i: (
-            f"samples {a[i]} and {b[i]} overlap: rows [{starts[a[i]]}, {ends[a[i]]}) and "
-            f"[{starts[b[i]]}, {ends[b[i]]}); every row may belong to one sample"
-        ),
-    )
+    meet = starts[a] + lengths[a] > starts[b]
+    return (a[np.argmax(meet)], b[np.argmax(meet)]) if meet.any() else None
+
+
+def known_to_overlap(starts, lengths) -> bool:
+    """Are the spans concrete, and do samples share rows?"""
+    starts, lengths = _concrete(starts), _concrete(lengths)
+    return starts is not None and lengths is not None and _overlapping(starts, lengths) is not None

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.arguments import check_float, check_heads, check_scale, check_spans
+from pallas_kernels.arguments import check_float, check_heads, check_scale, check_spans, known_to_overlap
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.gdpa import block, mosaic, reference, xla
 from pallas_kernels.gdpa.activations import per_head
@@ -34,6 +34,7 @@ def gdpa(
     activation: str | tuple[str, ...] = "gelu_tanh",
     scale: float = 1.0,
     post_scale: float = 1.0,
+    shared_keys: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "Nq H D"]:
     """Attention with an element-wise activation in place of the softmax [fig], on packed samples.
@@ -41,8 +42,8 @@ def gdpa(
         out[i] = Σ_j act_h(scale · q_i·k_j) · post_scale · v_j        over the keys j of row i's sample
 
     Sample b has the query rows q_starts[b] … + q_lengths[b] and the keys kv_starts[b] … + kv_lengths[b]. Lengths may be
-    0, starts need no alignment and no order. Spans of queries are disjoint; spans of keys may coincide (candidates of
-    one request share keys), and their gradients add up. Rows of q outside every sample give 0 and get gradient 0;
+    0, starts need no alignment and no order. Spans of queries are disjoint; spans of keys may coincide (see
+    `shared_keys`), and their gradients add up. Rows of q outside every sample give 0 and get gradient 0;
     nothing in such a row, NaN included, reaches a sample.
 
     Args:
@@ -53,6 +54,9 @@ def gdpa(
       activation: identity, relu, relu2, leaky_relu, gelu, gelu_tanh, silu or hardswish, or a tuple with one per head.
       scale: static factor > 0 before the activation: the paper's 1/τ [fig].
       post_scale: static factor > 0 after the activation: Meta's released kernel has it [meta].
+      shared_keys: samples may share keys, as the candidates of one request do. Needed where the spans are traced: then
+        the kernels' backward, which gives every key to one sample, leaves the call to the XLA path; without it the
+        gradients of shared keys are undefined. Concrete spans are looked at.
       implementation: "mosaic_gpu" (Hopper, bfloat16 and float16, D 64 and 128), "xla" or "reference"; None takes the
         first that supports the call and warns about what it passed over.
 
@@ -76,6 +80,7 @@ def gdpa(
         activation,
         scale,
         post_scale,
+        shared_keys,
     )
     return dispatch("gdpa", GDPA, implementation, *operands, **static)
 
@@ -94,6 +99,7 @@ def gdpa_block(
     activation: str | tuple[str, ...] = "gelu_tanh",
     scale: float = 1.0,
     post_scale: float = 1.0,
+    shared_keys: bool = False,
     eps: float = 1e-5,
     implementation: str | None = None,
 ) -> Float[Array, "Nq H D"]:
@@ -118,6 +124,7 @@ def gdpa_block(
         activation,
         scale,
         post_scale,
+        shared_keys,
     )
     eps = check_scale("gdpa_block", "eps", eps)
     return dispatch("gdpa_block", GDPA_BLOCK, implementation, *operands, **static, eps=eps)
@@ -137,6 +144,7 @@ def _checked(
     activation,
     scale,
     post_scale,
+    shared_keys,
 ):
     """Operands and static arguments as the implementations take them, after all checks."""
     q, k, v = map(jnp.asarray, (q, k, v))
@@ -156,5 +164,6 @@ def _checked(
         activation=per_head(operator, activation, q.shape[1]),
         scale=check_scale(operator, "scale", scale),
         post_scale=check_scale(operator, "post_scale", post_scale),
+        shared_keys=bool(shared_keys) or known_to_overlap(kv_starts, kv_lengths),
     )
     return (q, k, v, q_starts, q_lengths, kv_starts, kv_lengths), static

@@ -5,13 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels import hopper
 from pallas_kernels.gdpa import mosaic_backward, xla
 from pallas_kernels.gdpa.mosaic_forward import gdpa_forward
-from pallas_kernels.gdpa.schedule import make_line
-from pallas_kernels.gdpa.tiles import forward_tiles
+from pallas_kernels.gdpa.schedule import make_line, make_schedule
+from pallas_kernels.gdpa.tiles import ForwardTiles, forward_tiles
 from pallas_kernels.jagged import vary_together
 
 
@@ -23,6 +22,7 @@ class Static(NamedTuple):
     activation: tuple[str, ...]
     scale: float
     post_scale: float
+    shared_keys: bool
     sms: int
     interpret: Any
 
@@ -46,12 +46,13 @@ def mosaic_gpu(
     activation,
     scale,
     post_scale,
+    shared_keys=False,
     sms: int | None = None,
     interpret=None,
 ):
     """See `gdpa`."""
     sms = hopper.sm_count() if sms is None else sms
-    static = Static(max_q_length, max_kv_length, activation, scale, post_scale, sms, interpret)
+    static = Static(max_q_length, max_kv_length, activation, scale, post_scale, shared_keys, sms, interpret)
     return _gdpa(static, *vary_together(q, k, v, q_starts, q_lengths, kv_starts, kv_lengths))
 
 
@@ -68,7 +69,7 @@ def _forward(static: Static, q, k, v, *spans):
         q,
         k,
         v,
-        make_line(*spans, tiles.tiling),
+        forward_order(*spans, rows=q.shape[0], max_q_length=static.max_q_length, tiles=tiles),
         activation=static.activation,
         scale=static.scale,
         post_scale=static.post_scale,
@@ -79,6 +80,13 @@ def _forward(static: Static, q, k, v, *spans):
     return vary_together(out, q)[0]
 
 
+def forward_order(*spans, rows: int, max_q_length: int, tiles: ForwardTiles):
+    """In which order the forward kernel works, see `gdpa_forward`."""
+    if tiles.resident:
+        return make_line(*spans, tiles.tiling)
+    return make_schedule(*spans, rows=rows, max_q_length=max_q_length, q_chunk=tiles.q_rows)
+
+
 def _gdpa_fwd(static, *operands):
     return _forward(static, *operands), operands
 
@@ -87,21 +95,11 @@ def _gdpa_bwd(static: Static, operands, do):
     q, k, v, *spans = operands
     if 0 in (static.max_q_length, static.max_kv_length):
         return *map(jnp.zeros_like, (q, k, v)), *(None,) * 4
-    by_xla = functools.partial(xla.backward, xla.Static(*static[:5]))
-
-    def by_kernel(q, k, v, do, *spans):
-        grads = mosaic_backward.gdpa_backward(q, k, v, do, *spans, **static._asdict())
-        return vary_together(*grads, q)[:3]
-
-    # The kernels give every row of k to one sample. Samples that share keys add their gradients up in XLA.
-    return *lax.cond(spans_meet(*spans[2:]), by_xla, by_kernel, q, k, v, do, *spans), *(None,) * 4
+    if static.shared_keys:  # the kernels give every row of k to one sample
+        return *xla.backward(xla.Static(*static[:5]), q, k, v, do, *spans), *(None,) * 4
+    known = {name: x for name, x in static._asdict().items() if name != "shared_keys"}
+    grads = mosaic_backward.gdpa_backward(q, k, v, do, *spans, **known)
+    return *vary_together(*grads, q)[:3], *(None,) * 4
 
 
 _gdpa.defvjp(_gdpa_fwd, _gdpa_bwd)
-
-
-def spans_meet(starts, lengths):
-    """Do any two non-empty spans share a row?"""
-    order = jnp.argsort(jnp.where(lengths > 0, starts, jnp.iinfo(jnp.int32).max))
-    ends = lax.cummax(jnp.where(lengths > 0, starts + lengths, 0)[order])
-    return jnp.any((ends[:-1] > starts[order][1:]) & (lengths[order][1:] > 0))

@@ -75,8 +75,10 @@ def fused_scratch(dtype, panels: int, *, interpret) -> dict:
         dq_smem=buffer(held),
         q_full=plgpu.Barrier(num_arrivals=2 * panels, num_barriers=STAGES),
         q_empty=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=STAGES),
-        kv_full=plgpu.Barrier(num_arrivals=2 * panels * COMPUTE),
-        kv_empty=plgpu.Barrier(num_arrivals=COMPUTE),
+        k_full=plgpu.Barrier(num_arrivals=panels * COMPUTE),
+        k_empty=plgpu.Barrier(num_arrivals=COMPUTE),
+        v_full=plgpu.Barrier(num_arrivals=panels * COMPUTE),
+        v_empty=plgpu.Barrier(num_arrivals=COMPUTE),
         ds_full=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=DS_SLOTS),
         ds_empty=plgpu.Barrier(num_arrivals=1, num_barriers=DS_SLOTS),
         dq_full=plgpu.Barrier(num_arrivals=panels * common.LOAD_ROWS_ARRIVALS, num_barriers=COMPUTE),
@@ -107,8 +109,10 @@ def _fused(
     dq_smem,
     q_full,
     q_empty,
-    kv_full,
-    kv_empty,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
     ds_full,
     ds_empty,
     dq_full,
@@ -147,22 +151,28 @@ def _fused(
 
             def load_pass(b, counters):
                 done, passed = counters  # passes; query tiles
+                end = passed + tiles * group
 
-                @pl.when(done > 0)
-                def _():
-                    plgpu.barrier_wait(kv_empty)
+                def load_held(source, target, full, empty):
+                    @pl.when(done > 0)
+                    def _():
+                        plgpu.barrier_wait(empty)
 
-                for w in range(COMPUTE):
-                    for p in range(panels):
-                        for source, target in ((k_gmem, k_tma), (v_gmem, v_tma)):
+                    for w in range(COMPUTE):
+                        for p in range(panels):
                             rows = pl.ds(kv_row + b * KEYS + w * TILE, TILE)
                             plgpu.copy_gmem_to_smem(
-                                source.at[(rows, *common.panel_columns(kv_head, p))], target.at[w, p], kv_full
+                                source.at[(rows, *common.panel_columns(kv_head, p))], target.at[w, p], full
                             )
 
-                def load_tile(n, _):
+                def place(n):
+                    """(first row, rows that are left, head) of query tile n."""
                     g, t = group_and_tile(n - passed, tiles)
-                    slot, row, head = common.modulo(n, STAGES), q_row + t * TILE, kv_head * group + g
+                    return q_row + t * TILE, q_rows - t * TILE, kv_head * group + g
+
+                def load_tile(n):
+                    row, _, head = place(n)
+                    slot = common.modulo(n, STAGES)
 
                     @pl.when(n >= STAGES)
                     def _():
@@ -176,12 +186,22 @@ def _fused(
                                 q_full.at[slot],
                             )
 
+                def load_next(n, _):
+                    """A tile, and the stored dq of the one before it, which is needed that much later."""
+
+                    @pl.when(n < end)
+                    def _():
+                        load_tile(n)
+
                     @pl.when(b > 0)
                     def _():
-                        load_stored_dq(n, n - passed, row, q_rows - t * TILE, head)
+                        load_stored_dq(n - 1, n - 1 - passed, *place(n - 1))
 
-                lax.fori_loop(passed, passed + tiles * group, load_tile, None)
-                return done + 1, passed + tiles * group
+                load_tile(passed)
+                load_held(v_gmem, v_tma, v_full, v_empty)
+                load_held(k_gmem, k_tma, k_full, k_empty)
+                lax.fori_loop(passed + 1, end + 1, load_next, None)
+                return done + 1, end
 
             return lax.fori_loop(0, passes(kv_rows), load_pass, counters)
 
@@ -192,7 +212,7 @@ def _fused(
             def _():
                 plgpu.barrier_wait(pass_stored)
 
-            # The warpgroups release their buffers for this pass's first tiles with `pass_stored`.
+            # The warpgroups are through with the buffers of the pass before when they tell `pass_stored`.
             @pl.when(index >= COMPUTE)
             def _():
                 plgpu.barrier_wait(dq_empty.at[w])
@@ -205,7 +225,8 @@ def _fused(
 
         @pl.when(done > 0)
         def _():
-            plgpu.barrier_wait(kv_empty)
+            plgpu.barrier_wait(v_empty)
+            plgpu.barrier_wait(k_empty)
 
     def group_and_tile(index, tiles):
         """Head within the group, and query tile, of an item's tile number `index`."""
@@ -228,7 +249,13 @@ def _fused(
             _, kv_rows, q_row, q_rows, kv_head, tiles = read_item(turn)
             end = passed + tiles * group
             adds = b > 0  # to the dq of the pass before
-            plgpu.barrier_wait(kv_full)
+            plgpu.barrier_wait(v_full)
+            plgpu.barrier_wait(k_full)
+
+            @pl.when(passed > 0)
+            def _():
+                release_staged(passed, adds)
+
             keys = kv_rows - b * KEYS
 
             @pl.when(keys < KEYS)
@@ -336,7 +363,7 @@ def _fused(
                     ds = pl.run_scoped(score_gradients, square, square).astype(dtype)
                     release_ds(n - 2)
 
-                    @pl.when(n >= DS_SLOTS)
+                    @pl.when((passed > 0) | (n >= DS_SLOTS))
                     def _():
                         plgpu.barrier_wait(ds_empty.at[ds_slot])
 
@@ -354,32 +381,59 @@ def _fused(
                         dq_tile(n - 1)
 
                 lax.fori_loop(passed, end, step, None)
+                plgpu.barrier_arrive(v_empty)
                 release_ds(end - 2)
                 dq_tile(end - 1)
                 release_ds(end - 1)
                 return dk_acc[...], dv_acc[...]
 
             acc = plgpu.ACC((TILE, width), jnp.float32)
-            dk, dv = pl.run_scoped(accumulate, acc, acc)
-            # This warpgroup alone read these values, and its dq buffer is free until the next pass.
-            for value, factor, target in ((dk, slope_post, dq_mma), (dv, post, v_mma)):
-                common.stage(value, factor, target.at[warpgroup])
+            gradients = pl.run_scoped(accumulate, acc, acc)
+
+            # The slots of dS carry these results out, while the keys and values of the next pass come in. Both
+            # warpgroups see all slots empty before either can fill and empty them again.
+            for i in range(DS_SLOTS):
+
+                @pl.when((passed > 0) | (end + i >= DS_SLOTS))
+                def _(i=i):
+                    plgpu.barrier_wait(ds_empty.at[common.modulo(end + i, DS_SLOTS)])
+
+            plgpu.barrier_arrive(k_empty)
+            slots = staging_slots(end)
+            for value, factor, slot in zip(gradients, (slope_post, post), slots, strict=True):
+                common.stage(value, factor, ds_mma.at[slot])
             plgpu.commit_smem()
             kv_row, kv_rows, *_rest, kv_head, _next = read_item(*common.hold(turn))  # read again, to free registers
             first = b * KEYS + warpgroup * TILE
             rows = jnp.clip(kv_rows - first, 0, TILE)
-            for source, target in ((dq_tma, dk_gmem), (v_tma, dv_gmem)):
-                common.store_tile(source.at[warpgroup], target, kv_row + first, kv_head, rows)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_arrive(kv_empty)
+            for slot, target in zip(slots, (dk_gmem, dv_gmem), strict=True):
+                common.store_tile(ds_tma.at[slot, pl.ds(0, panels)], target, kv_row + first, kv_head, rows)
 
-            @pl.when((b + 1) * KEYS < kv_rows)
+        def staging_slots(end):
+            """Where this warpgroup stages dk and dv after tile end - 1."""
+            return tuple(common.modulo(end + 2 * warpgroup + i, DS_SLOTS) for i in range(2))
+
+        def release_staged(end, whole):
+            """The copies of dk and dv, staged after tile end - 1, are done; whole: dq is written too, not only read."""
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            @pl.when(whole)
             def _():
-                plgpu.wait_smem_to_gmem(0)  # dq is written, not only read from shared memory
+                plgpu.wait_smem_to_gmem(0)
                 plgpu.barrier_arrive(pass_stored)
 
+            for slot in staging_slots(end):
+                plgpu.barrier_arrive(ds_empty.at[slot])
+
         passed = lax.fori_loop(0, my_items, item_body, zero)
-        common.drain(passed, DS_SLOTS, lambda slot: ds_empty.at[slot])
+
+        @pl.when(passed > 0)
+        def _():
+            common.meet(tail_zeroed)
+            release_staged(passed, False)
+            for slot in range(DS_SLOTS):
+                plgpu.barrier_wait(ds_empty.at[slot])
+
         worker, workers = sm * COMPUTE + warpgroup, sms * COMPUTE
         for fills, targets in ((q_fills_gmem, (dq_gmem,)), (kv_fills_gmem, (dk_gmem, dv_gmem))):
             common.fill_zeros(dq_mma.at[warpgroup, 0], dq_tma.at[warpgroup, 0], fills, targets, worker, workers)

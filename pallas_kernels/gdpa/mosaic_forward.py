@@ -26,7 +26,7 @@ from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_store  # no 
 
 from pallas_kernels import hopper
 from pallas_kernels.gdpa.activations import kernel_activation
-from pallas_kernels.gdpa.schedule import Item, Line, Walk, ceil_div
+from pallas_kernels.gdpa.schedule import Deal, Item, Line, Schedule, Walk, ceil_div
 from pallas_kernels.gdpa.tiles import WARPGROUP_ROWS, ForwardTiles
 
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
@@ -47,7 +47,7 @@ def gdpa_forward(
     q,
     k,
     v,
-    line: Line,
+    order: Line | Schedule,
     *,
     activation: tuple[str, ...],
     scale: float,
@@ -56,7 +56,11 @@ def gdpa_forward(
     sms: int,
     interpret=None,
 ):
-    """out [N, H, D] of `gdpa`. The line is `make_line`'s of the queries, for tiles.tiling. sms: blocks of the grid."""
+    """out [N, H, D] of `gdpa`. sms: blocks of the grid.
+
+    order: while keys are resident, `make_line` of the queries for tiles.tiling; while they stream, `make_schedule` with
+    one tile of queries per item, so that the SMs that share a sample's keys read them from L2 at about the same time.
+    """
     panels = q.shape[2] // hopper.PANEL
     scratch = forward_scratch(q.dtype, panels, tiles, interpret=interpret)
     if (used := hopper.shared_bytes(scratch)) > hopper.SHARED_MEMORY:
@@ -75,7 +79,7 @@ def gdpa_forward(
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         kernel_name="gdpa_forward",
         interpret=interpret,
-    )(*line, q, k, v)
+    )(*order, q, k, v)
 
 
 def forward_scratch(dtype, panels: int, tiles: ForwardTiles, *, interpret) -> dict:
@@ -117,7 +121,7 @@ def _kernel(
     sms,
     interpret,
 ):
-    *line, q_gmem, k_gmem, v_gmem, out_gmem = refs
+    *order, q_gmem, k_gmem, v_gmem, out_gmem = refs
     _, heads, width = q_gmem.shape
     group = heads // k_gmem.shape[1]
     dtype, panels, block = q_gmem.dtype, width // hopper.PANEL, tiles.kv_block
@@ -127,7 +131,10 @@ def _kernel(
     names = tuple(dict.fromkeys(activation))
     acts = [kernel_activation(name, scale, post_scale, folded=dtype == jnp.bfloat16) for name in names]
     sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
-    walk = Walk(Line(*line), tiles.tiling, heads, sms, sm)
+    if tiles.resident:
+        route = Walk(Line(*order), tiles.tiling, heads, sms, sm)
+    else:
+        route = Deal(Schedule(*order), heads, sms, sm)
 
     def by_head(head, functions, x):
         """Apply the function of the head's activation."""
@@ -212,7 +219,7 @@ def _kernel(
 
         def load_item(state):
             cursor, _, q_count, kv_count = state
-            item = walk.item(cursor)
+            item = route.item(cursor)
             q_tiles, blocks = extent(item)
             if tiles.resident:
                 load_q(item, q_count, 0)
@@ -225,10 +232,10 @@ def _kernel(
                     lax.fori_loop(0, blocks, lambda j, _: load_kv(item, kv_count + t * blocks + j, j), None)
 
                 lax.fori_loop(0, q_tiles, load_tile, None)
-            return *walk.after(cursor), q_count + q_tiles, kv_count + kv_loads(item)
+            return *route.after(cursor), q_count + q_tiles, kv_count + kv_loads(item)
 
         zero = jnp.int32(0)
-        *_, q_count, kv_count = lax.while_loop(lambda state: state[1], load_item, (*walk.first(), zero, zero))
+        *_, q_count, kv_count = lax.while_loop(lambda state: state[1], load_item, (*route.first(), zero, zero))
 
         # Every completed phase must have been waited for when the kernel ends.
         def drain(n, slots, slot, *barriers):
@@ -246,12 +253,12 @@ def _kernel(
     def compute():
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
 
-        cursor, any_work = walk.first()
+        cursor, any_work = route.first()
 
         @pl.when(any_work)
         def _():
             zero = jnp.int32(0)
-            item = walk.item(cursor)
+            item = route.item(cursor)
             q_tiles, blocks = extent(item)
             first = Step(zero, zero, True, q_tiles == 1 if tiles.resident else True, True, blocks == 1)
 
@@ -309,8 +316,8 @@ def _kernel(
         """All steps of one item; leaves the weights of the next item's first step."""
         cursor, _, item, q_count, kv_count, weights = state
         q_tiles, blocks = extent(item)
-        cursor_next, another = walk.after(cursor)
-        item_next = walk.item(cursor_next)
+        cursor_next, another = route.after(cursor)
+        item_next = route.item(cursor_next)
         q_tiles_next, blocks_next = extent(item_next)
         kv_count_next = kv_count + kv_loads(item)
 
@@ -396,7 +403,7 @@ def _kernel(
 
             lax.fori_loop(0, heads, one_head, None)
 
-        walk.fill_gaps(fill, out_gmem.shape[0], WARPGROUP_ROWS, worker, workers)
+        route.fill_gaps(fill, out_gmem.shape[0], WARPGROUP_ROWS, worker, workers)
         plgpu.commit_smem_to_gmem_group()
 
     lax.cond(warpgroup < tiles.compute, compute, memory)

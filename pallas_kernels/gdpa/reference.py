@@ -11,7 +11,20 @@ from pallas_kernels.jagged import span_rows
 
 
 def reference(
-    q, k, v, q_starts, q_lengths, kv_starts, kv_lengths, *, max_q_length, max_kv_length, activation, scale, post_scale
+    q,
+    k,
+    v,
+    q_starts,
+    q_lengths,
+    kv_starts,
+    kv_lengths,
+    *,
+    max_q_length,
+    max_kv_length,
+    activation,
+    scale,
+    post_scale,
+    shared_keys=False,
 ):
     """See `gdpa`. Rounding points: scores and weights in float32 (float64 for float64), the weights are rounded to v's
     dtype, the second product accumulates in float32 and is rounded to q's dtype."""

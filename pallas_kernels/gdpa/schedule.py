@@ -7,7 +7,6 @@ sums. No host work and no atomics: the same lengths give the same assignment.
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -144,23 +143,11 @@ class Walk:
         line = self.line
 
         def gap(b):
-            row = line.ends[b]
             live = (line.lengths[b] > 0) & (line.other_lengths[b] > 0)
-            end = jnp.where(live, line.starts[b], row)
+            return line.ends[b], jnp.where(live, line.starts[b] - line.ends[b], 0)
 
-            def piece(i, _):
-                fill(row + i * size, jnp.minimum(end - row - i * size, size))
-
-            lax.fori_loop(0, ceil_div(end - row, size), piece, None)
-
-        lax.fori_loop(0, _turns(self.samples, worker, workers), lambda i, _: gap(i * workers + worker), None)
-        row = line.ends[self.samples]
-
-        def last(i, _):
-            at = row + (i * workers + worker) * size
-            fill(at, jnp.minimum(rows - at, size))
-
-        lax.fori_loop(0, _turns(ceil_div(rows - row, size), worker, workers), last, None)
+        end = line.ends[self.samples]
+        _fill_gaps(fill, self.samples, gap, (end, rows - end), size, worker, workers)
 
     def _step(self, cursor: Cursor) -> Cursor:
         wrap = cursor.next_sample == self.samples
@@ -178,16 +165,79 @@ class Walk:
 
 
 class Schedule(NamedTuple):
-    """Tables for a kernel: int32, in device memory.
+    """Tables of items, dealt to the SMs: int32, in device memory.
 
     items: [M, 4] query row, query rows, key row, key rows; longest first, then unused ones.
     fills: [B + 1, 2] row, rows: what no item writes; behind the last sample lies the last one.
     counts: [1] items in use.
     """
 
-    items: jax.Array
-    fills: jax.Array
-    counts: jax.Array
+    items: Any
+    fills: Any
+    counts: Any
+
+
+class Deal:
+    """One SM's items of a schedule, inside a kernel; the interface is `Walk`'s, a cursor is a turn."""
+
+    def __init__(self, schedule: Schedule, heads: int, workers: int, worker):
+        self.schedule, self.heads, self.workers, self.worker = schedule, heads, workers, worker
+        self.count = dealt(schedule.counts[0] * heads, workers, worker)
+
+    def first(self):
+        """(turn, is there work)."""
+        return jnp.int32(0), self.count > 0
+
+    def after(self, turn):
+        """(the next turn, is there work)."""
+        return turn + 1, turn + 1 < self.count
+
+    def item(self, turn) -> Item:
+        """The rows of a turn; those of the last one where turns have run out."""
+        index = dealt_item(jnp.minimum(turn, self.count - 1), self.workers, self.worker)
+        row = lax.div(index, self.heads)
+        return Item(*(self.schedule.items[row, c] for c in range(4)), lax.rem(index, self.heads))
+
+    def fill_gaps(self, fill, rows: int, size: int, worker, workers: int):
+        """Call fill(row, count <= size) on the rows without work: a worker gets some gaps between samples and a part
+        of the one behind the last sample."""
+        fills = self.schedule.fills
+        gaps = fills.shape[0] - 1
+        _fill_gaps(
+            fill, gaps, lambda b: (fills[b, 0], fills[b, 1]), (fills[gaps, 0], fills[gaps, 1]), size, worker, workers
+        )
+
+
+def _fill_gaps(fill, gaps: int, gap, last, size: int, worker, workers: int):
+    def whole(turn, _):
+        row, rows = gap(turn * workers + worker)
+
+        def piece(i, _):
+            fill(row + i * size, jnp.minimum(rows - i * size, size))
+
+        lax.fori_loop(0, ceil_div(rows, size), piece, None)
+
+    def part(turn, _):
+        at = (turn * workers + worker) * size
+        fill(last[0] + at, jnp.minimum(last[1] - at, size))
+
+    lax.fori_loop(0, _turns(gaps, worker, workers), whole, None)
+    lax.fori_loop(0, _turns(ceil_div(last[1], size), worker, workers), part, None)
+
+
+def dealt(total, workers: int, worker):
+    """How many of `total` items `worker` gets; traced, for use in a kernel."""
+    full, rest = lax.div(total, workers), lax.rem(total, workers)
+    return full + jnp.where(_place(full, workers, worker) < rest, 1, 0)
+
+
+def dealt_item(turn, workers: int, worker):
+    """The item that `worker` gets in its turn: dealing goes forwards and backwards alternately."""
+    return turn * workers + _place(turn, workers, worker)
+
+
+def _place(turn, workers: int, worker):
+    return jnp.where(lax.rem(turn, 2) == 0, worker, workers - 1 - worker)
 
 
 def make_schedule(
@@ -269,18 +319,3 @@ def pieces(starts, lengths, rows: int, size: int):
     span = jnp.minimum(jnp.searchsorted(end, index, side="right", method=method), starts.shape[0] - 1)
     offset = (index - (end - count)[span]) * size
     return span, starts[span] + offset, jnp.clip(lengths[span] - offset, 0, size), end[-1]
-
-
-def dealt(total, workers: int, worker):
-    """How many of `total` items `worker` gets; traced, for use in a kernel."""
-    full, rest = lax.div(total, workers), lax.rem(total, workers)
-    return full + jnp.where(_place(full, workers, worker) < rest, 1, 0)
-
-
-def dealt_item(turn, workers: int, worker):
-    """The item that `worker` gets in its turn: dealing goes forwards and backwards alternately."""
-    return turn * workers + _place(turn, workers, worker)
-
-
-def _place(turn, workers: int, worker):
-    return jnp.where(lax.rem(turn, 2) == 0, worker, workers - 1 - worker)

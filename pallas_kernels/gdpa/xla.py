@@ -44,9 +44,22 @@ def unsupported(*args, **kwargs) -> str | None:
 
 
 def xla(
-    q, k, v, q_starts, q_lengths, kv_starts, kv_lengths, *, max_q_length, max_kv_length, activation, scale, post_scale
+    q,
+    k,
+    v,
+    q_starts,
+    q_lengths,
+    kv_starts,
+    kv_lengths,
+    *,
+    max_q_length,
+    max_kv_length,
+    activation,
+    scale,
+    post_scale,
+    shared_keys=False,
 ):
-    """See `gdpa`."""
+    """See `gdpa`. Gradients of shared keys add up anyway."""
     static = Static(max_q_length, max_kv_length, activation, scale, post_scale)
     return _gdpa(static, *vary_together(q, k, v, q_starts, q_lengths, kv_starts, kv_lengths))
 

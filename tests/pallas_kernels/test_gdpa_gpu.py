@@ -49,13 +49,14 @@ def batch(seed, *, samples, lq, lkv, heads, kv_heads, width, dtype):
     return (q, k, v, do), {n: jnp.asarray(x[shuffle], jnp.int32) for n, x in named.items()}, (q_inside, kv_inside)
 
 
-def value_and_gradients(implementation, operands, spans, **static):
+def value_and_gradients(implementation, operands, spans, runs=1, **static):
     @jax.jit
     def run(q, k, v, do, spans):
         out, pull = jax.vjp(lambda *x: gdpa(*x, **spans, **static, implementation=implementation), q, k, v)
         return out, *pull(do)
 
-    return run(*operands, spans)
+    results = [run(*operands, spans) for _ in range(runs)]
+    return results if runs > 1 else results[0]
 
 
 def worst_error(got, wanted, starts, lengths):
@@ -91,12 +92,11 @@ def test_values_and_gradients(name):
         post_scale=0.7,
         activation="gelu_tanh" if "resident-d128" in name else activations[: shape["heads"]],
     )
-    got = value_and_gradients("mosaic_gpu", operands, spans, **static)
-    again = value_and_gradients("mosaic_gpu", operands, spans, **static)
+    got, again = value_and_gradients("mosaic_gpu", operands, spans, runs=2, **static)
     with jax.default_matmul_precision("highest"):
         wide = tuple(x.astype(jnp.float32) for x in operands)
-        wanted = value_and_gradients("xla", wide, spans, **static)
-    narrow = value_and_gradients("xla", operands, spans, **static)
+        wanted = value_and_gradients("reference", wide, spans, **static)
+    narrow = value_and_gradients("reference", operands, spans, **static)
     queries, keys = (spans["q_starts"], spans["q_lengths"]), (spans["kv_starts"], spans["kv_lengths"])
     for what, a, b, c, d, where, rows in zip(
         ("out", *NAMES), got, again, wanted, narrow, (queries, queries, keys, keys), (0, 0, 1, 1), strict=True
@@ -104,23 +104,31 @@ def test_values_and_gradients(name):
         assert np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32)), f"{what}: two runs differ"
         assert not np.any(np.asarray(a, np.float32)[~inside[rows]]), f"{what}: not zero outside the samples"
         error, allowed = worst_error(a, c, *where), worst_error(d, c, *where)
-        assert error <= max(1.5 * allowed, 3.5e-3), f"{what}: {error:.2e}, XLA in {shape['dtype']} makes {allowed:.2e}"
+        assert error <= max(1.5 * allowed, 3.5e-3), (
+            f"{what}: {error:.2e}, the reference in {shape['dtype']} makes {allowed:.2e}"
+        )
 
 
 def test_samples_that_share_keys_add_their_gradients_up():
     operands, spans, _ = batch(1, samples=12, lq=200, lkv=100, heads=2, kv_heads=2, width=64, dtype="bfloat16")
     longest = int(jnp.argmax(spans["kv_lengths"]))
     spans |= {n: jnp.broadcast_to(spans[n][longest], (12,)) for n in ("kv_starts", "kv_lengths")}
-    static = dict(max_q_length=200, max_kv_length=100, activation="silu")
-    got, wanted = (value_and_gradients(i, operands, spans, **static) for i in ("mosaic_gpu", "xla"))
+    static = dict(max_q_length=200, max_kv_length=100, activation="silu", shared_keys=True)
+    got, wanted = (value_and_gradients(i, operands, spans, **static) for i in ("mosaic_gpu", "reference"))
     for name, a, b in zip(("out", *NAMES), got, wanted, strict=True):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
         assert np.linalg.norm(a - b) <= 6e-3 * np.linalg.norm(b), name
 
 
-def test_forward_takes_no_memory_beyond_its_output():
-    shape = dict(samples=256, lq=512, lkv=256, heads=4, kv_heads=4, width=128, dtype="bfloat16")
-    (q, k, v, _), spans, _ = batch(2, **shape)
-    call = functools.partial(gdpa, max_q_length=512, max_kv_length=256, implementation="mosaic_gpu")
-    memory = jax.jit(lambda q, k, v, spans: call(q, k, v, **spans)).lower(q, k, v, spans).compile().memory_analysis()
-    assert memory.temp_size_in_bytes <= 0.01 * (memory.argument_size_in_bytes + memory.output_size_in_bytes)
+@pytest.mark.parametrize("lkv", [256, 512])
+def test_neither_direction_takes_memory_beyond_its_results(lkv):
+    shape = dict(samples=256, lq=512, lkv=lkv, heads=4, kv_heads=4, width=128, dtype="bfloat16")
+    operands, spans, _ = batch(2, **shape)
+    call = functools.partial(gdpa, max_q_length=512, max_kv_length=lkv, implementation="mosaic_gpu")
+
+    def backward(q, k, v, do, spans):
+        return jax.vjp(lambda *x: call(*x, **spans), q, k, v)[1](do)
+
+    for f in (lambda q, k, v, do, spans: call(q, k, v, **spans), backward):
+        memory = jax.jit(f).lower(*operands, spans).compile().memory_analysis()
+        assert memory.temp_size_in_bytes <= 0.01 * (memory.argument_size_in_bytes + memory.output_size_in_bytes)

@@ -126,17 +126,6 @@ def test_dealing_gives_every_item_to_one_worker(total, workers):
     assert sorted(got) == list(range(total))
 
 
-def test_spans_meet():
-    def meet(*spans):
-        return bool(mosaic.spans_meet(*(jnp.asarray(x, jnp.int32) for x in zip(*spans, strict=True))))
-
-    assert not meet((0, 3), (3, 2), (9, 0), (5, 1))
-    assert not meet((0, 3), (1, 0))
-    assert meet((0, 3), (0, 3))
-    assert meet((4, 2), (0, 9), (20, 1))
-    assert meet((4, 2), (0, 5))
-
-
 # --- tiles
 
 
@@ -179,8 +168,8 @@ def test_every_choice_fits_and_is_lowered(width, kv, samples):
     q, k = (jax.ShapeDtypeStruct((samples * n, h, width), dtype) for n, h in ((lq, heads), (kv, 2)))
 
     def f(q, k, v, *spans):
-        line = make_line(*spans, tiles.tiling)
-        return gdpa_forward(q, k, v, line, activation=activation, scale=1.0, post_scale=1.0, tiles=tiles, sms=132)
+        order = mosaic.forward_order(*spans, rows=q.shape[0], max_q_length=lq, tiles=tiles)
+        return gdpa_forward(q, k, v, order, activation=activation, scale=1.0, post_scale=1.0, tiles=tiles, sms=132)
 
     assert "mosaic_gpu" in interpreter.lower_for_hopper(f, q, k, k, *spans)
 
@@ -257,8 +246,8 @@ def test_interpreted_kernel(name):
     tiles = ForwardTiles(q_slots=2, **tiles)
     (q, k, v, _), spans = batch(q_lengths, kv_lengths, heads=2, kv_heads=1, width=width, dtype=dtype)
     static = dict(activation=("gelu_tanh", "relu2"), scale=0.3, post_scale=0.7)
-    line = make_line(*spans, tiles.tiling)
-    out = gdpa_forward(q, k, v, line, **static, tiles=tiles, sms=3, interpret=interpreter.RACES)
+    order = mosaic.forward_order(*spans, rows=q.shape[0], max_q_length=max(q_lengths), tiles=tiles)
+    out = gdpa_forward(q, k, v, order, **static, tiles=tiles, sms=3, interpret=interpreter.RACES)
     known = xla.Static(max(q_lengths), max(kv_lengths), *static.values())
     wanted = xla.forward(known, *(x.astype(jnp.float32) for x in (q, k, v)), *spans)
     narrow = xla.forward(known, q, k, v, *spans)
@@ -287,14 +276,13 @@ def test_value_and_gradients_through_both_kernels_and_shared_keys():
     operands, spans = batch([70, 0, 131], [128, 50, 77], heads=2, kv_heads=1, width=64, dtype=jnp.bfloat16)
     shared = (*spans[:2], *(jnp.broadcast_to(x[0], (3,)) for x in spans[2:]))
     for these in (spans, shared):
-        assert bool(mosaic.spans_meet(*these[2:])) == (these is shared)
         static = dict(max_q_length=140, max_kv_length=128, activation=("gelu_tanh", "silu"), scale=0.2, post_scale=0.7)
 
         def run(f, these=these, static=static, **more):
             out, pull = jax.vjp(lambda *x: f(*x, *these, **static, **more), *operands[:3])
             return out, *pull(operands[3])
 
-        got = run(mosaic.mosaic_gpu, sms=2, interpret=interpreter.RACES)
+        got = run(mosaic.mosaic_gpu, shared_keys=these is shared, sms=2, interpret=interpreter.RACES)
         wanted = run(xla.xla)
         for name, a, b in zip(("out", "q", "k", "v"), got, wanted, strict=True):
             a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)

@@ -96,7 +96,7 @@ def _worst(grads, operands, spans, q_size, kv_size, activation, scale, post_scal
 
 
 def check(operands, spans, covered, *, activation, fused, scale=0.2, post_scale=1.5, interpret=None, sms=None):
-    """Run one route; check values, and zeros outside the samples. Returns the gradients."""
+    """Run one route: values, and zeros outside the samples. On a GPU run it again: the same bits."""
     static = dict(activation=activation, scale=scale, post_scale=post_scale, interpret=interpret, sms=sms)
     run = functools.partial(
         mosaic_backward.ROUTES[fused],
@@ -104,13 +104,17 @@ def check(operands, spans, covered, *, activation, fused, scale=0.2, post_scale=
         max_kv_length=int(spans["kv_lengths"].max()),
         **static,
     )
-    grads = jax.jit(run)(*operands, *(jnp.asarray(spans[n]) for n in SPANS))
+    run, where = jax.jit(run), [jnp.asarray(spans[n]) for n in SPANS]
+    grads = run(*operands, *where)
     worst = worst_errors(grads, operands, spans, activation, scale, post_scale)
     limit = LIMIT[operands[0].dtype.name]
     assert all(error < limit for error in worst.values()), worst
     for name, grad, mask in zip(("dq", "dk", "dv"), grads, (covered[0], covered[1], covered[1]), strict=True):
         assert not np.asarray(grad, np.float32)[~mask].any(), f"{name} outside the samples"
-    return grads
+    if interpret is None:
+        for name, a, b in zip(("dq", "dk", "dv"), grads, run(*operands, *where), strict=True):
+            bits = (np.asarray(x).view(np.uint16) for x in (a, b))
+            assert np.array_equal(*bits), f"{name} differs between two runs"
 
 
 INTERPRETED = {
@@ -218,34 +222,32 @@ def test_unsupported_says_why():
 
 # --- on a GPU
 
-GPU_CASES = {
-    "fused": (True, 128, 4, 4, 300, 256),
-    "fused-grouped": (True, 128, 4, 2, 300, 128),
-    "fused-narrow": (True, 64, 4, 1, 500, 256),
-    "split": (False, 128, 4, 4, 300, 500),
-    "split-narrow": (False, 64, 4, 2, 300, 700),
-}
+GELU, MIXED, PLAIN = (
+    ("gelu_tanh",) * 4,
+    ("silu", "relu2", "gelu", "hardswish"),
+    ("identity", "relu", "leaky_relu", "silu"),
+)
+GPU_CASES = [
+    # fused, width, kv heads, longest queries and keys, activation, dtype
+    (True, 128, 4, 300, 256, GELU, "bfloat16"),
+    (True, 128, 4, 300, 256, MIXED, "float16"),
+    (True, 128, 2, 300, 128, GELU, "bfloat16"),
+    (True, 64, 1, 500, 256, GELU, "float16"),
+    (True, 64, 4, 500, 200, MIXED, "bfloat16"),
+    (False, 128, 4, 300, 500, GELU, "bfloat16"),
+    (False, 128, 2, 300, 500, PLAIN, "float16"),
+    (False, 64, 2, 300, 700, GELU, "bfloat16"),
+    (False, 64, 4, 300, 700, MIXED, "float16"),
+    (False, 64, 4, 100, 60, PLAIN, "bfloat16"),
+]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(
-    "activation",
-    [("gelu_tanh",) * 4, ("silu", "relu2", "gelu", "hardswish"), ("identity", "relu", "leaky_relu", "silu")],
-)
-@pytest.mark.parametrize("name", GPU_CASES)
-def test_compiled(name, activation, dtype):
-    if jax.default_backend() != "gpu" or hopper.unsupported_device():
-        pytest.skip("needs a Hopper GPU")
-    fused, width, heads, kv_heads, max_q, max_kv = GPU_CASES[name]
+@pytest.mark.skipif(hopper.unsupported_device() is not None, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(("fused", "width", "kv_heads", "max_q", "max_kv", "activation", "dtype"), GPU_CASES)
+def test_compiled(fused, width, kv_heads, max_q, max_kv, activation, dtype):
     rng = np.random.default_rng(3)
-    q_lengths, kv_lengths = (rng.integers(0, n + 1, 60) for n in (max_q, max_kv))
+    q_lengths, kv_lengths = (rng.integers(0, n + 1, 200) for n in (max_q, max_kv))
     q_lengths[:4], kv_lengths[:4] = (0, 1, max_q, 63), (5, max_kv, 0, 1)
-    case = inputs(
-        4, width=width, heads=heads, kv_heads=kv_heads, q_lengths=q_lengths, kv_lengths=kv_lengths, dtype=dtype
-    )
-    first = check(*case, activation=activation, fused=fused)
-    again = check(*case, activation=activation, fused=fused)
-    for name, a, b in zip(("dq", "dk", "dv"), first, again, strict=True):
-        bits = (np.asarray(x).view(np.uint16) for x in (a, b))
-        assert np.array_equal(*bits), f"{name} differs between two runs"
+    case = inputs(4, width=width, heads=4, kv_heads=kv_heads, q_lengths=q_lengths, kv_lengths=kv_lengths, dtype=dtype)
+    check(*case, activation=activation, fused=fused)
