@@ -4,7 +4,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.arguments import check_count, check_float, check_heads, check_scale, check_spans
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.sliding_window import reference, xla
+from pallas_kernels.sliding_window import mosaic, reference, xla
 
 NAME = "sliding_window_attention"
 
@@ -14,6 +14,7 @@ def _supported(*args, **kwargs) -> None:
 
 
 IMPLEMENTATIONS = (
+    Implementation("mosaic_gpu", mosaic.mosaic_gpu, mosaic.unsupported),
     Implementation("xla", xla.sliding_window_attention, _supported),
     Implementation("reference", reference.sliding_window_attention, _supported, by_default=False),
 )
@@ -45,11 +46,13 @@ def sliding_window_attention(
       scale: static factor of the scores, by default D ** -0.5.
       angles: float32 rotary angles in radians. The pairs (i, i + D/2) of q and k are rotated by angles[:, i], in
         float32 [choice: half-split pairs, not interleaved ones]. They get no gradient.
-      implementation: "xla" or "reference"; None takes the fastest that supports the call.
+      implementation: "mosaic_gpu" (Hopper, bfloat16 and float16, D 64 and 128), "xla" or "reference"; None takes the
+        first that supports the call and warns about what it passed over.
 
     Raises:
       ValueError: shapes, dtypes, head counts, window, scale or max_length that don't fit; where starts and lengths are
         concrete, spans beyond the array, longer than max_length or overlapping; an unknown implementation.
+      NotImplementedError: the named implementation can't run this call.
     """
     check_heads(NAME, "q", q, k, v)
     check_float(NAME, q=q, k=k, v=v)

@@ -1,0 +1,211 @@
+"""What the attention kernels share inside a kernel."""
+
+import functools
+import math
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import hopper
+from pallas_kernels.attention.tables import BLOCK
+
+LOG2E = math.log2(math.e)
+ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a tile in the accumulators' layout
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+def modulo(n, slots: int):
+    """n % slots for n >= 0; a mask is one instruction where a signed remainder takes several."""
+    return n & (slots - 1) if slots & (slots - 1) == 0 else lax.rem(n, jnp.int32(slots))
+
+
+def blocks_of(rows):
+    """⌈rows / BLOCK⌉ for rows >= 0."""
+    return lax.shift_right_logical(rows + (BLOCK - 1), jnp.int32(BLOCK.bit_length() - 1))
+
+
+def hold(*indices):
+    """Scalars the compiler can't move out of the loop: else it computes all wgmma descriptors before and spills them."""
+    return lax.optimization_barrier(indices)
+
+
+def blocks_seen(first, rows, others, before: int | None, after: int | None):
+    """[begin, end) of the blocks of `others` rows that rows first … first + rows - 1 meet.
+
+    A row i meets i - before … i + after; None: no bound there.
+    """
+    begin = 0 * first if before is None else lax.shift_right_logical(jnp.maximum(first - before, 0), jnp.int32(6))
+    last = others if after is None else jnp.minimum(others, first + rows + after)
+    return begin, jnp.maximum(blocks_of(last), begin)
+
+
+def masked(x, fill: float, first, other, others, before: int | None, after: int | None):
+    """Tile [BLOCK, BLOCK] of rows first … and columns other …, with `fill` where they don't meet.
+
+    Columns from `others` on are outside the sample. Tiles that need no mask branch around it.
+    """
+    column = functools.partial(plgpu.broadcasted_iota, jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)
+    row = functools.partial(plgpu.broadcasted_iota, jnp.int32, x.shape, 0, layout=plgpu.Layout.WGMMA)
+    if before is not None:
+        lowest = first - before - other  # for the first row
+
+        def mask_before(x):
+            return jnp.where(column() >= row() + lowest, x, fill)
+
+        x = lax.cond(lowest + (BLOCK - 1) > 0, mask_before, lambda x: x, x)
+    end = others - other
+    if after is None:
+        return lax.cond(end < BLOCK, lambda x: jnp.where(column() < end, x, fill), lambda x: x, x)
+    highest = first + after - other  # for the first row
+
+    def mask_after(x):
+        return jnp.where((column() <= row() + highest) & (column() < end), x, fill)
+
+    return lax.cond(jnp.minimum(highest, end - 1) < BLOCK - 1, mask_after, lambda x: x, x)
+
+
+def rows_of(x, like, axis: int = 0):
+    """A vector per row (axis 0) or per column (axis 1), spread over a tile."""
+    return lax.broadcast_in_dim(x, like.shape, [axis])
+
+
+def panel_columns(head, p: int):
+    return head, pl.ds(hopper.PANEL * p, hopper.PANEL)
+
+
+def acc_panel(acc, p: int, panels: int):
+    """Columns of panel p of an accumulator [BLOCK, D]."""
+    return acc.at[:, pl.ds(hopper.PANEL * p, hopper.PANEL)] if panels > 1 else acc
+
+
+def load_rows(source_gmem, target_tma, row, head, barrier):
+    """Load BLOCK rows into [panels, BLOCK, 64]; one arrival per panel."""
+    for p in range(target_tma.shape[0]):
+        plgpu.copy_gmem_to_smem(source_gmem.at[(pl.ds(row, BLOCK), *panel_columns(head, p))], target_tma.at[p], barrier)
+
+
+def load_block(source_gmem, target_tma, row, rows, head, full, tail_full):
+    """Load BLOCK rows into [panels, BLOCK, 64], zeros from `rows` on; one arrival per panel at `full`.
+
+    tail_full: a barrier for `tail_arrivals(panels)`, which only the calling warpgroup uses.
+    """
+    panels = target_tma.shape[0]
+
+    def tail():
+        for p in range(panels):
+            columns = panel_columns(head, p)
+            hopper.load_rows_zero_tail(source_gmem, target_tma.at[p], row, rows, columns, tail_full)
+        plgpu.barrier_wait(tail_full)
+        for _ in range(panels):
+            plgpu.barrier_arrive(full)
+
+    lax.cond(rows >= BLOCK, lambda: load_rows(source_gmem, target_tma, row, head, full), tail)
+
+
+def tail_arrivals(panels: int) -> int:
+    return panels * hopper.tail_arrivals(BLOCK)
+
+
+def stage(value, staging):
+    """Registers [BLOCK, D] into shared memory [panels, BLOCK, 64], seen by TMA."""
+    for p in range(staging.shape[0]):
+        staging.at[p][...] = value[:, hopper.PANEL * p : hopper.PANEL * (p + 1)].astype(staging.dtype)
+    plgpu.commit_smem()
+
+
+def store_block(staging_tma, target_gmem, row, head, count):
+    """Store the first `count` of BLOCK staged rows as one group of copies."""
+    for p in range(staging_tma.shape[0]):
+        hopper.store_rows(staging_tma.at[p], target_gmem, row, count, panel_columns(head, p))
+    plgpu.commit_smem_to_gmem_group()
+
+
+def drain(count, slots: int, *barriers):
+    """Wait for the last phase of each slot: every completed phase must have been waited for when a kernel ends.
+
+    barriers: functions slot -> barrier.
+    """
+
+    def wait(n, _):
+        for barrier in barriers:
+            plgpu.barrier_wait(barrier(modulo(n, slots)))
+
+    lax.fori_loop(jnp.maximum(count - slots, 0), count, wait, None)
+
+
+def turns(total, worker, workers: int):
+    """How many of `total` things a worker gets when they are dealt one by one."""
+    return lax.div(total - worker + (workers - 1), jnp.int32(workers))
+
+
+class GapFiller:
+    """Zeros the rows that no item writes: gaps between samples are dealt whole, the last one in blocks.
+
+    One warpgroup of every block makes it early, while others compute, and lets it `fill` when a tile of shared memory
+    is free: where there are no gaps this costs nothing at the end.
+    """
+
+    def __init__(self, gaps: int, read_gap, worker, workers: int):
+        self.gaps, self.read, self.worker, self.workers = gaps, read_gap, worker, workers
+        mine = turns(gaps - 1, worker, workers)
+        rows = lax.fori_loop(0, mine, lambda t, n: n + read_gap(t * workers + worker)[1], jnp.int32(0))
+        self.mine, self.last = mine, read_gap(jnp.int32(gaps - 1))
+        self.any = rows + self.last[1] > 0
+
+    def fill(self, tile, tile_tma, *targets):
+        """tile, tile_tma: both views of [BLOCK, 64] in shared memory; targets [N, H, D]."""
+
+        @pl.when(self.any)
+        def _():
+            zero = jnp.zeros((BLOCK, hopper.PANEL), tile.dtype)
+            tile[...] = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
+            plgpu.commit_smem()
+
+            def store(row, count):
+                for target in targets:
+
+                    def one_head(head, _, target=target):
+                        for p in range(target.shape[2] // hopper.PANEL):
+                            hopper.store_rows(tile_tma, target, row, jnp.minimum(count, BLOCK), panel_columns(head, p))
+
+                    lax.fori_loop(0, target.shape[1], one_head, None)
+
+            def gap(turn, _):
+                row, rows = self.read(turn * self.workers + self.worker)
+                lax.fori_loop(0, blocks_of(rows), lambda i, _: store(row + i * BLOCK, rows - i * BLOCK), None)
+
+            lax.fori_loop(0, self.mine, gap, None)
+            row, rows = self.last
+
+            def last(turn, _):
+                at = (turn * self.workers + self.worker) * BLOCK
+                store(row + at, rows - at)
+
+            lax.fori_loop(0, turns(blocks_of(rows), self.worker, self.workers), last, None)
+            plgpu.commit_smem_to_gmem_group()
+            plgpu.wait_smem_to_gmem(0)
+
+
+def persistent(body, *, name, out_type, scratch, sms, threads, interpret, operands):
+    """Run `body` as one block per SM; each of its threads is a warpgroup."""
+    if (used := hopper.shared_bytes(scratch)) > hopper.SHARED_MEMORY:
+        raise ValueError(f"{name} takes {used} bytes of shared memory, sm_90 has {hopper.SHARED_MEMORY}")
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(sms,),
+        grid_names=("sm",),
+        num_threads=threads,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+        kernel_name=name,
+        interpret=interpret,
+    )(*operands)
+
+
+def like(x) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)

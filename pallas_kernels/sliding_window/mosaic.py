@@ -1,0 +1,96 @@
+"""Sliding-window attention on Hopper: ties the forward and the backward kernels together.
+
+Memory: besides the operands and the result two float32 values per query row and head, one of them only backward.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import hopper
+from pallas_kernels.attention import backward
+from pallas_kernels.attention.forward import attention_forward
+from pallas_kernels.attention.tables import window_tables
+from pallas_kernels.attention.work import Window
+from pallas_kernels.jagged import vary_together
+
+FORWARD_WARPGROUPS = 3
+
+
+class Static(NamedTuple):
+    """What is fixed while tracing; interpret and sms are for tests on a CPU."""
+
+    left: int | None
+    right: int | None
+    scale: float
+    sms: int
+    interpret: Any
+
+
+def unsupported(q, k, v, starts, lengths, angles, **static) -> str | None:
+    """Why the Hopper kernels can't run this call, or None."""
+    if angles is not None:
+        return "rotary angles are not applied inside the kernels yet"
+    return hopper.unsupported_device() or hopper.unsupported_operands(q=q, k=k, v=v)
+
+
+def mosaic_gpu(
+    q,
+    k,
+    v,
+    starts,
+    lengths,
+    angles,
+    *,
+    max_length: int,
+    left: int,
+    right: int,
+    scale: float,
+    sms: int | None = None,
+    interpret=None,
+):
+    """See `sliding_window_attention`."""
+    if max_length == 0:
+        return jnp.zeros_like(q)
+    farthest = max_length - 1
+    static = Static(
+        None if left >= farthest else left,
+        None if right >= farthest else right,
+        scale,
+        hopper.sm_count() if sms is None else sms,
+        interpret,
+    )
+    return _attention(static, *vary_together(q, k, v, starts, lengths))
+
+
+def _work(static: Static, q, starts, warpgroups: int) -> Window:
+    return Window(q.shape[0], starts.shape[0], static.left, static.right, warpgroups)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static: Static, *operands):
+    return _forward(static, *operands)[0]
+
+
+def _forward(static: Static, q, k, v, starts, lengths):
+    work = _work(static, q, starts, FORWARD_WARPGROUPS)
+    tables = window_tables(starts, lengths, rows=q.shape[0], size=work.size)
+    run = dict(scale=static.scale, sms=static.sms, interpret=static.interpret)
+    out, statistics = vary_together(*attention_forward(work, tables, q, k, v, **run), q)[:2]
+    return out, (q, k, v, starts, lengths, out, statistics)
+
+
+def _backward(static: Static, residuals, dout):
+    q, k, v, starts, lengths, out, statistics = residuals
+    dout = dout.astype(q.dtype)
+    work = _work(static, q, starts, backward.WARPGROUPS)
+    tables = window_tables(starts, lengths, rows=q.shape[0], size=work.size)
+    run = dict(scale=static.scale, sms=static.sms, interpret=static.interpret)
+    dq, delta = backward.attention_dq(work, tables, q, k, v, out, dout, statistics, **run)
+    dk, dv = backward.attention_dkv(work, tables, q, k, v, dout, statistics, delta, **run)
+    return *vary_together(dq, dk, dv, q)[:3], None, None
+
+
+_attention.defvjp(_forward, _backward)
