@@ -4,6 +4,7 @@
     python experiments/train.py movielens --model interformer   # or wukong, din, dcnv2
     python experiments/train.py synthetic --epochs 5 --model.width 64
     python experiments/train.py movielens --resume              # goes on after an interruption, bit for bit
+    python experiments/train.py synthetic --parallel.data 2     # two devices; launch/ has several processes and hosts
 
 --model NAME picks the model whose settings the other options then name. The result is written to runs/<preset>/, with
 -NAME added for a model other than Kunlun (--out names another directory). SIGTERM or Ctrl-C saves and stops.
@@ -12,7 +13,7 @@
 import argparse
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -27,10 +28,12 @@ from kunlun_jax.checkpoint import CheckpointError
 from kunlun_jax.config import TrainConfig
 from kunlun_jax.data.pipeline import loader
 from kunlun_jax.flops import model_flops, total
+from kunlun_jax.mesh_learner import make_learner
 from kunlun_jax.models import build, name_of, named
 from kunlun_jax.plots import plot_run
+from kunlun_jax.processes import HOW_TO_GO_ON, ProcessConfig, Vote, end, finish, first_on_one, start
 from kunlun_jax.run import Run, load_samples, stop_on_sigterm
-from kunlun_jax.training import Learner, NonFiniteLoss, fit
+from kunlun_jax.training import NonFiniteLoss, fit
 
 PRESETS = {"movielens": TrainConfig.movielens, "synthetic": TrainConfig.synthetic_stream}
 STOPPED = 128 + 15  # exit code of a process that SIGTERM ended
@@ -43,42 +46,48 @@ class Options:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     out: Path
     resume: bool = False
+    processes: ProcessConfig = field(default_factory=ProcessConfig)
 
 
 def train(config: TrainConfig, out: Path, *, resume: bool = False) -> int:
     """Train as configured; return the process's exit code."""
-    console = Console(highlight=False, soft_wrap=True)
+    first = jax.process_index() == 0
+    console = Console(highlight=False, soft_wrap=True, quiet=not first)
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"  # the source line tells a user nothing
-    run = Run(out, config, resume=resume)
+    run = first_on_one(lambda: Run(out, config, resume=resume, writes=first))
     if run.summary is not None:
         console.print(f"{out} has finished; its results are in {out / 'summary.json'}")
         return 0
-    samples, facts = load_samples(config)
+    samples, facts = first_on_one(lambda: load_samples(config))
     schema, base_rates = samples["train"].schema, samples["train"].base_rates()
 
     def batches(part: str, *, epochs: int, shuffle: bool = False):
         return loader(
             samples[part], batch_size=config.batch_size, epochs=epochs, shuffle=shuffle, seed=config.seed,
-            capacity_fractions=config.capacity_fractions,
+            capacity_fractions=config.capacity_fractions, shards=learner.shards, own=learner.own,
         )  # fmt: skip
 
     per_epoch = -(-len(samples["train"]) // config.batch_size)
     steps = config.epochs * per_epoch
     model = build(config.model, schema, rngs=nnx.Rngs(config.seed))
-    learner = Learner(model, schema, config.optimizer, steps=steps)
-    state, stream = learner.init(config.seed), batches("train", epochs=config.epochs, shuffle=config.shuffle)
+    learner = make_learner(model, schema, config, steps=steps, say=console.print)
+    stream = batches("train", epochs=config.epochs, shuffle=config.shuffle)
+    vote, stop, due = Vote(learner.mesh), False, False
 
     with run.open_checkpoints(schema) as checkpoints, stop_on_sigterm() as signals:
         if checkpoints.latest_step() is not None:
-            step, state, position, _ = checkpoints.restore(state)
+            step, restored, position, _ = checkpoints.restore(learner.abstract())
+            state = learner.adopt(restored)
             stream.set_state(position)
             console.print(f"going on after step {step} of {steps}")
             if run.changed_versions:
                 console.print(
                     f"versions changed since the start, results may differ in their last bits: {run.changed_versions}"
                 )
+        else:
+            state = learner.init(config.seed)
         run.forget_after(int(state.step))
-        _describe(console, config, schema, samples, state, steps)
+        _describe(console, config, schema, samples, learner.parameters, steps)
 
         with Progress(
             TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"),
@@ -94,24 +103,31 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> int:
                     console.print(f"step {step}/{steps}: {line}")
 
             def after_step(step, state):
-                if step % config.save_every == 0 or step == steps or signals:
-                    checkpoints.save(step, state, stream)
+                nonlocal stop, due
+                stop = vote(bool(signals)) or stop
+                due = due or stop or step % config.save_every == 0 or step == steps
+                save = due and learner.in_sync(step)
+                if save:
+                    checkpoints.save(step, learner.portable(state), stream)
+                    due = False
                 if step % per_epoch == 0:
                     evaluation = learner.evaluate(state, batches("validation", epochs=1), base_rates)
                     run.log("validation", step, evaluation.results())
                     console.print(f"step {step}/{steps}: validation {_line(evaluation.results(), schema.tasks)}")
-                return not signals
+                return not (stop and save)
 
             state = fit(
                 learner, state, stream, base_rates=base_rates, log_every=config.log_every,
                 on_log=on_log, after_step=after_step,
             )  # fmt: skip
         checkpoints.wait()
-        if signals:
+        if stop:
             console.print(f"stopped by a signal; saved step {int(state.step)} of {steps}. Go on with --resume")
             return STOPPED
 
     test = learner.evaluate(state, batches("test", epochs=1), base_rates)
+    if not run.writes:
+        return 0
     validation = run.lines("validation")[-1]
     run.finish({"validation": validation, "test": test.results(), "data": facts})
     best_ne = facts.get("best_ne", {}).get("validation")
@@ -121,8 +137,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> int:
     return 0
 
 
-def _describe(console, config, schema, samples, state, steps) -> None:
-    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+def _describe(console, config, schema, samples, parameters, steps) -> None:
     rows = sum(t.rows for t in schema.tables)
     lengths = {name: e.stop - e.start for name, e in samples["train"].events.items()}
     title = named(name_of(config.model)).title
@@ -130,7 +145,7 @@ def _describe(console, config, schema, samples, state, steps) -> None:
     console.print(
         f"{title} on {config.data}: {len(samples['train']):,} training samples, {steps} steps of {config.batch_size}; "
         f"{parameters:,} dense parameters, {rows:,} table rows, {gflops:.4f} GFLOP per sample forward; "
-        f"{jax.devices()[0].device_kind} ({jax.default_backend()})"
+        f"{config.parallel.devices} × {jax.devices()[0].device_kind} ({jax.default_backend()})"
     )
     for part, of_part in samples.items():
         for name, rate in of_part.out_of_range_rates().items():
@@ -164,10 +179,19 @@ def main() -> int:
         options = tyro.extras.overridable_config_cli(
             presets, prog="train.py", description=__doc__, args=arguments, config=(tyro.conf.AvoidSubcommands,)
         )
-        return train(options.config, options.out, resume=options.resume)
+        start(options.processes)
+        code = train(options.config, options.out, resume=options.resume)
+        finish()
+        return code
     except (CheckpointError, NonFiniteLoss, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return end(1)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"error: process {jax.process_index()}: an exchange failed ({reason}); {HOW_TO_GO_ON}", file=sys.stderr)
+        return end(1)
 
 
 def model_argument(arguments: list[str]) -> tuple[str, list[str]]:

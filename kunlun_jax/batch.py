@@ -80,8 +80,10 @@ def to_samples(values: Float[Array, "R_or_B *rest"], request_index: Int[Array, "
     return samples.reshape(-1, *values.shape[1:])
 
 
-def check_batch(batch: Batch, schema: FeatureSchema) -> Batch:
+def check_batch(batch: Batch, schema: FeatureSchema, *, whole: bool = True) -> Batch:
     """Check a batch on the host against its schema; return it.
+
+    One process's part of a batch (`whole` false) may hold nothing but samples of weight 0.
 
     Raises:
       ValueError: names the field that is missing, unknown, or of the wrong shape; an id beyond its table; a label
@@ -111,7 +113,7 @@ def check_batch(batch: Batch, schema: FeatureSchema) -> Batch:
         raise ValueError("label_mask: values outside {0, 1}")
     if not np.isfinite(batch.weight).all() or (batch.weight < 0).any():
         raise ValueError("weight: negative or non-finite values")
-    if not (batch.weight[:, None] * batch.label_mask).any():
+    if whole and not (batch.weight[:, None] * batch.label_mask).any():
         raise ValueError("weight: every sample of the batch has weight 0 or no label; there is nothing to learn from")
 
     requests = _requests(batch, schema)

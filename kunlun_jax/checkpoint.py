@@ -3,7 +3,7 @@
 A checkpoint holds the training state (any tree of arrays: parameters, optimiser state, tables, random keys), the
 position in the data, the schema, a configuration and a few facts of the caller's choice. The arrays are stored by path
 ("tables/item/rows"), each whole and independent of where it lay, and are restored wherever the target says, so that
-another device or mesh may read them.
+another device or mesh may read them. Several processes write their parts side by side, into one directory that all see.
 
 Writing goes through orbax: in the background, into a temporary directory that gets its final name when all is written.
 So an interrupted save leaves nothing under the name of a step, and a damaged step was damaged later.
@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from kunlun_jax import processes
 from kunlun_jax.schema import FeatureSchema
 
 _STATE, _DESCRIPTION = "state", "description"
@@ -38,7 +39,7 @@ class Description(NamedTuple):
     step: int
     schema: FeatureSchema
     config: dict[str, Any]
-    data_state: Any
+    data_states: list[Any]  # per process
     meta: dict[str, Any]
     arrays: dict[str, list]  # per path [shape, dtype]
 
@@ -91,7 +92,8 @@ class Checkpoints:
 
         Args:
           state: a tree of arrays (random keys too).
-          data_state: JSON, or an iterator whose `get_state` gives it. It is read before this returns.
+          data_state: JSON, or an iterator whose `get_state` gives it. It is read before this returns. Each process
+            gives its own.
           meta: JSON facts to find again, a metric for instance.
 
         Raises:
@@ -111,7 +113,7 @@ class Checkpoints:
         description = {
             "schema": json.loads(self._schema.to_json()),
             "config": self._config,
-            "data_state": _as_json("data_state", data_state),
+            "data_states": processes.gather(_as_json("data_state", data_state)),
             "meta": _as_json("meta", dict(meta or {})),
             "arrays": {path: _facts(x) for path, x in arrays.items()},
         }
@@ -149,11 +151,13 @@ class Checkpoints:
 
         Args:
           target_state: a tree like the one saved, of arrays or of jax.ShapeDtypeStruct. An entry with a sharding is
-            restored there, one without on the first device.
+            restored there, one without on the first device. Entries "tables/<name>/..." may be padded to other lengths
+            than the saved ones, beyond the table's own rows.
 
         Raises:
           FileNotFoundError: there is no such checkpoint.
-          ValueError: its schema differs, or its arrays don't fit the target (each is named).
+          ValueError: its schema differs, its arrays don't fit the target (each is named), or it holds the positions of
+            another number of processes, which differ.
           CheckpointError: it is damaged.
         """
         self.wait()
@@ -161,9 +165,12 @@ class Checkpoints:
         where = f"checkpoint {self.directory / str(found.step)}"
         self._schema.check_same(found.schema, what=where)
         wanted = {path: _target(x) for path, x in _by_path(target_state).items()}
-        _check_fits(found.arrays, wanted, where)
+        rows = {f"tables/{table.name}/": table.rows for table in self._schema.tables}
+        _check_fits(found.arrays, wanted, where, rows)
+        data_state = _own_state(found.data_states, where)
         try:
-            args = _ARGS.Composite(**{_STATE: _ARGS.StandardRestore(wanted)})
+            # Not strict: what fits may differ in the padding of tables, which is then cut off or filled with zeros.
+            args = _ARGS.Composite(**{_STATE: _ARGS.StandardRestore(wanted, strict=False)})
             arrays = self._manager.restore(found.step, args=args)[_STATE]
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise  # the device's fault, not the file's
@@ -171,7 +178,7 @@ class Checkpoints:
             raise _damaged(self.directory, found.step, _STATE, error) from error
         leaves = [_as_target(arrays[path], x) for path, x in _by_path(target_state).items()]
         state = jax.tree.unflatten(jax.tree.structure(target_state), leaves)
-        return Restored(found.step, state, found.data_state, found.meta)
+        return Restored(found.step, state, data_state, found.meta)
 
     def _remove_unfinished(self) -> None:
         """What killed or failed saves have left takes up room that the next one may need."""
@@ -205,7 +212,7 @@ def describe(directory: str | Path, step: int | None = None) -> Description:
     try:
         raw = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(directory / str(step) / _DESCRIPTION)
         schema = FeatureSchema.from_json(json.dumps(raw["schema"]))
-        return Description(step, schema, raw["config"], raw["data_state"], raw["meta"], raw["arrays"])
+        return Description(step, schema, raw["config"], raw["data_states"], raw["meta"], raw["arrays"])
     except Exception as error:
         raise _damaged(directory, step, _DESCRIPTION, error) from error
 
@@ -258,15 +265,35 @@ def _facts(x: Any) -> list:
     return [list(x.shape), str(x.dtype)]
 
 
-def _check_fits(stored: Mapping[str, list], wanted: Mapping[str, jax.ShapeDtypeStruct], where: str) -> None:
+def _check_fits(
+    stored: Mapping[str, list],
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    where: str,
+    table_rows: Mapping[str, int],
+) -> None:
     problems = [f"{path}: not in the checkpoint" for path in sorted(wanted.keys() - stored.keys())]
     problems += [f"{path}: only in the checkpoint" for path in sorted(stored.keys() - wanted.keys())]
     for path in sorted(wanted.keys() & stored.keys()):
         (there, there_dtype), (here, here_dtype) = stored[path], _facts(wanted[path])
-        if (there, there_dtype) != (here, here_dtype):
+        rows = next((n for prefix, n in table_rows.items() if path.startswith(prefix)), None)
+        both = there[:1] + here[:1]
+        padded = rows is not None and both and min(both) >= rows and there[1:] == here[1:]
+        if there_dtype != here_dtype or (there != here and not padded):
             problems.append(f"{path}: {there_dtype} {there} in the checkpoint, {here_dtype} {here} wanted")
     if problems:
         raise ValueError(f"{where} does not fit the state to restore:\n  " + "\n  ".join(problems))
+
+
+def _own_state(states: list[Any], where: str) -> Any:
+    """This process's position in the data; where all agree, that of any number of processes."""
+    if len(states) == jax.process_count():
+        return states[jax.process_index()]
+    if any(state != states[0] for state in states):
+        raise ValueError(
+            f"{where} holds the positions of {len(states)} processes in the data, which differ; it can't be continued "
+            f"by {jax.process_count()}. Use {len(states)} processes"
+        )
+    return states[0]
 
 
 def _as_json(what: str, value: Any) -> Any:

@@ -12,6 +12,7 @@ from kunlun_jax.jagged import CAPACITY_FRACTIONS
 from kunlun_jax.model_configs import EventConfig, KunlunConfig, ModelConfig, at_least_one
 from kunlun_jax.models import named
 from kunlun_jax.optimizer import OptimizerConfig
+from kunlun_jax.sharding import ParallelConfig
 
 __all__ = ["EventConfig", "KunlunConfig", "TrainConfig", "from_dict", "to_dict"]
 
@@ -30,6 +31,7 @@ class TrainConfig:
       seed: of the initial parameters and of the order.
       capacity_fractions: shares of batch_size · max_length events for which a program is compiled.
       log_every, save_every: steps between lines in the log, and between checkpoints.
+      parallel: how the training is spread over devices.
     """
 
     model: ModelConfig
@@ -44,6 +46,7 @@ class TrainConfig:
     capacity_fractions: tuple[float, ...] = CAPACITY_FRACTIONS
     log_every: int = 10
     save_every: int = 40
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self):
         at_least_one(self, "batch_size", "epochs", "log_every", "save_every")

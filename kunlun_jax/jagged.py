@@ -181,8 +181,8 @@ def prepend(tokens: Float[Array, "S n *rest"], sequence: Jagged) -> Jagged:
 def over_shards(function: Callable, *args: Any) -> Any:
     """Apply a per-shard function to arrays with a leading shard axis P.
 
-    The one place that knows how shards are run: alone without a batching rule, several by vmap. (On a mesh this is
-    where `shard_map` belongs.)
+    The one place that knows how shards are run: alone without a batching rule, several by vmap. On a mesh every device
+    sees its own shard alone, since the whole model runs inside `shard_map`.
     """
     if jax.tree.leaves(args)[0].shape[0] == 1:
         return jax.tree.map(lambda x: x[None], function(*jax.tree.map(lambda x: x[0], args)))

@@ -22,8 +22,9 @@ from kunlun_jax.schema import FeatureSchema
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 CHECKPOINTS = "checkpoints"
-# What may change between the parts of a run that was resumed: it does not touch the result.
-FREE_TO_CHANGE = ("log_every", "save_every", "data_directory")
+# What may change between the parts of a run that was resumed: it does not touch the result. Where the run computes may
+# change as well; sums over other devices differ in their last bits, and table replicas in more.
+FREE_TO_CHANGE = ("log_every", "save_every", "data_directory", "parallel.")
 
 
 class Run:
@@ -33,16 +34,20 @@ class Run:
       directory: made if it doesn't exist.
       config: of the training.
       resume: whether to go on with what the directory holds. A new directory is a new run either way.
+      writes: false on all but one of several processes, which then leave the files to that one.
 
     Raises:
       FileExistsError: the directory holds a run and `resume` is false.
       ValueError: the run to resume was started with other settings.
     """
 
-    def __init__(self, directory: Path, config: TrainConfig, *, resume: bool):
-        self.directory, self.config = directory, config
+    def __init__(self, directory: Path, config: TrainConfig, *, resume: bool, writes: bool = True):
+        self.directory, self.config, self.writes = directory, config, writes
         self.plots = directory / "plots"
         self._log = directory / "metrics.jsonl"
+        self.changed_versions: dict[str, str] = {}
+        if not writes:
+            return
         saved = directory / "config.json"
         if saved.exists():
             if not resume:
@@ -72,9 +77,12 @@ class Run:
         return json.loads(path.read_text()) if path.exists() else None
 
     def finish(self, summary: dict[str, Any]) -> None:
-        write_json(self.directory / "summary.json", summary)
+        if self.writes:
+            write_json(self.directory / "summary.json", summary)
 
     def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with self._log.open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
 
@@ -84,6 +92,8 @@ class Run:
 
     def forget_after(self, step: int) -> None:
         """Drop log lines beyond `step`: a resumed run writes them again."""
+        if not self.writes:
+            return
         kept = [json.dumps(line) + "\n" for line in self._lines() if line["step"] <= step]
         _replace(self._log, "".join(kept))
 
@@ -174,7 +184,7 @@ def _check_same_settings(saved: dict, wanted: dict, directory: Path) -> None:
     differences = [
         f"{name}: there {_at(saved, name)!r}, now {_at(wanted, name)!r}"
         for name in sorted(_names(saved) | _names(wanted))
-        if _at(saved, name) != _at(wanted, name) and name not in FREE_TO_CHANGE
+        if _at(saved, name) != _at(wanted, name) and not name.startswith(FREE_TO_CHANGE)
     ]
     if differences:
         raise ValueError(

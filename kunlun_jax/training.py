@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from kunlun_jax.batch import Batch
 from kunlun_jax.embedding import TableState, embed, init_tables, look_up, update
 from kunlun_jax.metrics import Evaluation
 from kunlun_jax.optimizer import FlatParameters, OptimizerConfig, dense_optimizer, schedule
+from kunlun_jax.processes import gather
 from kunlun_jax.schema import FeatureSchema
 from kunlun_jax.sharding import own_rows
 
@@ -88,9 +90,14 @@ class Learner:
       steps: length of the training, which the learning-rate schedules need.
     """
 
+    mesh: Mesh | None = None
+    shards = 1  # of a batch
+    own: list[int] | None = None  # those that this process feeds, if not all
+
     def __init__(self, model: nnx.Module, schema: FeatureSchema, config: OptimizerConfig, *, steps: int):
         self.schema, self.config, self.steps = schema, config, steps
         self.graphdef, self._params = nnx.split(model)
+        self.parameters = sum(x.size for x in jax.tree.leaves(self._params))
         self.flat = FlatParameters(self._params)
         self.optimizer = dense_optimizer(config, steps, self.flat)
         self.table_rate = schedule(config, config.table_learning_rate, steps)
@@ -209,18 +216,22 @@ class Learner:
         return self.flat.unravel(flat)
 
     def _find_non_finite(self, state: TrainState, batch: Batch):
-        """The loss, and per tensor of a step whether it is bad; groups in the order in which a step computes them."""
+        """The loss, and whether a tensor of the step is bad; groups in the order in which a step computes them."""
         gradients = self._gradients(state.params, state.tables, batch)
         groups = (
             {"dense": batch.dense, **{name: events.values for name, events in batch.events.items()}},
             gradients.rows,
-            state.params,
+            self._whole(state.params),
             gradients.logits,
             gradients.loss,
             self.flat.unravel(gradients.flat),
             gradients.of_rows,
         )
-        return gradients.loss, jax.tree.map(lambda x: ~jnp.isfinite(x).all(), groups)
+        return self._anywhere(gradients.loss, jax.tree.map(lambda x: ~jnp.isfinite(x).all(), groups))
+
+    def _anywhere(self, loss, bad):
+        """The loss of the whole batch, and what is bad on any device."""
+        return loss, bad
 
     def check_healthy(self, report: StepReport, state: TrainState, batch: Batch, step: int) -> None:
         """Raise NonFiniteLoss if the step on `batch` met a NaN or an infinity; `state` is any state since then."""
@@ -238,7 +249,7 @@ class Learner:
         for batch in batches:
             logits = self.predict(state.params, state.tables, self.place(batch))
             evaluation = add_predictions(evaluation, logits, batch, self.schema)
-        return evaluation
+        return _of_all_processes(evaluation, Timings(0.0))[0]
 
 
 GROUPS = ("input", "embeddings of table", "parameter", "logits", "loss", "gradient of", "gradient of table")
@@ -318,6 +329,7 @@ def fit(
             evaluation = add_predictions(evaluation, done_report.logits, done_batch, learner.schema)
             timings.samples += int((done_batch.weight > 0).sum())
             if done_step % log_every == 0 or batch is None:
+                evaluation, timings = _of_all_processes(evaluation, timings)
                 on_log(done_step, {**evaluation.results(), **rates(timings)})
                 evaluation = Evaluation(tasks=learner.schema.tasks, base_rates=base_rates)
                 timings = Timings(time.perf_counter())
@@ -328,6 +340,14 @@ def fit(
         if not after_step(step, state):
             learner.check_healthy(report, state, batch, step)
             return state
+
+
+def _of_all_processes(evaluation: Evaluation, timings: Timings) -> tuple[Evaluation, Timings]:
+    """What all processes saw together."""
+    (merged, samples), *others = gather((evaluation, timings.samples))
+    for other, more in others:
+        merged, samples = merged.merge(other), samples + more
+    return merged, replace(timings, samples=samples)
 
 
 def rates(timings: Timings) -> dict[str, float]:

@@ -46,6 +46,7 @@ def loader(
     *,
     batch_size: int,
     shards: int = 1,
+    own: Sequence[int] | None = None,
     epochs: int = 1,
     shuffle: bool,
     seed: int = 0,
@@ -61,6 +62,7 @@ def loader(
 
     Args:
       batch_size: samples per batch, over all shards.
+      own: the shards that this process feeds; None is all. Every process counts whole batches, so positions agree.
       shuffle: a new order for each epoch; False keeps the order of the samples, for streams.
       capacity_fractions: shares of the full number of events per batch for which programs are compiled.
       threads: threads that prepare batches ahead.
@@ -86,7 +88,9 @@ def loader(
         grain.MapDataset.source(indices)
         .map(
             lambda index: check_batch(
-                samples.batch(index, shards=shards, capacity_fractions=capacity_fractions), samples.schema
+                samples.batch(index, shards=shards, own=own, capacity_fractions=capacity_fractions),
+                samples.schema,
+                whole=own is None,
             )
         )
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))

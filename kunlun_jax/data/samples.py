@@ -136,12 +136,21 @@ class Samples:
         return {task: float(p / t) for task, p, t in zip(self.schema.tasks, positives, totals, strict=True)}
 
     def batch(
-        self, indices: np.ndarray, *, shards: int = 1, capacity_fractions: Sequence[float] = CAPACITY_FRACTIONS
+        self,
+        indices: np.ndarray,
+        *,
+        shards: int = 1,
+        own: Sequence[int] | None = None,
+        capacity_fractions: Sequence[float] = CAPACITY_FRACTIONS,
     ) -> Batch:
         """The batch of the samples `indices` [B], FILLER standing for an empty sample of weight 0.
 
         With several shards the samples change their order, so that every shard holds nearly the same number of events.
         Every sample is its own request (R = B).
+
+        Args:
+          own: cut only these of the shards, in this order; None cuts all. How samples are dealt and which capacity
+            they take depends on the whole batch, so that several processes agree on both without a word.
 
         Raises:
           ValueError: an index is outside [-1, n), or the indices don't divide over the shards.
@@ -162,6 +171,10 @@ class Samples:
         limits = {event.name: event.max_length for event in self.schema.events}
         fullest = {name: int(length.reshape(shards, -1).sum(axis=1).max()) for name, length in lengths.items()}
         bucket = choose_bucket(fullest, per_shard, limits, capacity_fractions)
+        if own is not None:
+            indices, real = (x.reshape(shards, -1)[list(own)].reshape(-1) for x in (indices, real))
+            lengths = {name: length.reshape(shards, -1)[list(own)].reshape(-1) for name, length in lengths.items()}
+            shards = len(own)
 
         def capacity(event):
             return capacities(per_shard, event.max_length, capacity_fractions)[bucket]

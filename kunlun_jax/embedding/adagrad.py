@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from kunlun_jax.embedding.tables import Plan, TableState
 
+DISTINCT = {"unique_indices": True, "indices_are_sorted": True}  # what XLA may assume of a plan's uids
+
 
 def update(
     tables: Mapping[str, TableState],
@@ -73,10 +75,9 @@ def step_rows(
     table_rows = table.rows.shape[0]
     # A skipped step moves all ids beyond the table: choosing between old and new tables would copy them.
     uids = jnp.where(ok, uids, table_rows + jnp.arange(uids.size, dtype=jnp.int32))
-    hints = {"unique_indices": True, "indices_are_sorted": True}
-    accumulator = table.accumulator.at[uids].get(mode="fill", fill_value=0, **hints) + jnp.mean(grad * grad, axis=-1)
+    accumulator = table.accumulator.at[uids].get(mode="fill", fill_value=0, **DISTINCT) + jnp.mean(grad * grad, axis=-1)
     step = learning_rate * grad / (jnp.sqrt(accumulator / c) + epsilon)[:, None]
     return TableState(
-        table.rows.at[uids].add(-step, mode="drop", **hints),
-        table.accumulator.at[uids].set(accumulator, mode="drop", **hints),
+        table.rows.at[uids].add(-step, mode="drop", **DISTINCT),
+        table.accumulator.at[uids].set(accumulator, mode="drop", **DISTINCT),
     )

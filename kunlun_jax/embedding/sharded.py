@@ -28,7 +28,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kunlun_jax.batch import Batch
-from kunlun_jax.embedding.adagrad import step_all_rows, step_rows
+from kunlun_jax.embedding.adagrad import DISTINCT, step_all_rows, step_rows
 from kunlun_jax.embedding.placement import Placement, TablePlan
 from kunlun_jax.embedding.tables import Plan, TableState, distinct, ids_by_table, plan_distinct
 from kunlun_jax.schema import FeatureSchema
@@ -71,10 +71,13 @@ class ShardedTables:
                 rows[name], requests[name] = block, Request(Plan(None, ids), None)
                 continue
             plan = plan_distinct(ids, placement.padded_rows)
-            asked = lax.all_gather(plan.uids, self.plan.config.table_axes, tiled=True)
-            owned = _own(asked, block.shape[0], self.plan.config.table_axes)
-            found = block.at[owned].get(mode="fill", fill_value=0)
-            rows[name] = lax.psum_scatter(found, self.plan.config.table_axes, tiled=True)
+            if placement.shards == 1:
+                owned, rows[name] = plan.uids, block.at[plan.uids].get(mode="fill", fill_value=0, **DISTINCT)
+            else:
+                asked = lax.all_gather(plan.uids, self.plan.config.table_axes, tiled=True)
+                owned = _own(asked, block.shape[0], self.plan.config.table_axes)
+                found = block.at[owned].get(mode="fill", fill_value=0)
+                rows[name] = lax.psum_scatter(found, self.plan.config.table_axes, tiled=True)
             requests[name] = Request(plan, owned)
         # As in the look-up on one device: all reads before any write.
         return lax.optimization_barrier((rows, requests))
@@ -105,24 +108,28 @@ class ShardedTables:
                 updated[name] = step_all_rows(tables[name], grads[name], learning_rate, epsilon, ok)
                 continue
             block_rows = tables[name].rows.shape[0]
-            home = lax.all_gather(config.replicas * grads[name], config.table_axes, tiled=True)
-            uids, places = distinct(request.owned, block_rows)
-            grad = jax.ops.segment_sum(home, places, uids.size)
+            uids, grad = request.owned, config.replicas * grads[name]
+            if config.table_shards > 1:
+                uids, places = distinct(request.owned, block_rows)
+                grad = lax.all_gather(grad, config.table_axes, tiled=True)
+                grad = jax.ops.segment_sum(grad, places, uids.size)
             updated[name] = step_rows(tables[name], uids, grad, learning_rate, epsilon, ok, config.c)
-            if config.replicas > 1:
-                uids = jnp.where(ok, uids, _beyond(block_rows, uids.size))
-                updated[name], noted[name] = self._average(updated[name], uids, touched.get(name), step)
+            if config.replicas == 1:
+                continue
+            uids = jnp.where(ok, uids, _beyond(block_rows, uids.size))
+            if config.sync_every == 1:
+                updated[name] = _mean_of_replicas(updated[name], uids)
+            else:
+                updated[name], noted[name] = self._average_when_due(updated[name], uids, touched[name], step)
         return updated, noted
 
-    def _average(self, table: TableState, uids: Int[Array, "m"], touched, step):
-        every = self.plan.config.sync_every
-        if every == 1:
-            return _mean_of_replicas(table, uids), touched
-        line = jnp.pad(uids, (0, touched.shape[1] - uids.size), constant_values=table.rows.shape[0])
+    def _average_when_due(self, table: TableState, uids: Int[Array, "m"], touched: Int[Array, "k m"], step):
+        every, none = self.plan.config.sync_every, table.rows.shape[0]
+        line = jnp.pad(uids, (0, touched.shape[1] - uids.size), constant_values=none)
         touched = touched.at[step % every].set(line)
 
         def average(table, touched):
-            return _mean_of_replicas(table, touched.reshape(-1)), jnp.full_like(touched, table.rows.shape[0])
+            return _mean_of_replicas(table, touched.reshape(-1)), jnp.full_like(touched, none)
 
         due = ((step + 1) % every == 0) | (step + 1 == self.steps)
         return lax.cond(due, average, lambda *same: same, table, touched)
@@ -158,11 +165,10 @@ def _beyond(rows: int, count: int) -> Int[Array, "count"]:
 def _mean_of_replicas(table: TableState, touched: Int[Array, "m"]) -> TableState:
     """Rows and accumulators that any replica touched become the mean over the replicas."""
     uids, _ = distinct(lax.all_gather(touched, DATA, tiled=True), table.rows.shape[0])
-    hints = {"unique_indices": True, "indices_are_sorted": True}
-    rows = table.rows.at[uids].get(mode="fill", fill_value=0, **hints)
-    accumulator = table.accumulator.at[uids].get(mode="fill", fill_value=0, **hints)
+    rows = table.rows.at[uids].get(mode="fill", fill_value=0, **DISTINCT)
+    accumulator = table.accumulator.at[uids].get(mode="fill", fill_value=0, **DISTINCT)
     mean = lax.pmean(jnp.concatenate([rows, accumulator[:, None]], axis=1), DATA)
     return TableState(
-        table.rows.at[uids].set(mean[:, :-1], mode="drop", **hints),
-        table.accumulator.at[uids].set(mean[:, -1], mode="drop", **hints),
+        table.rows.at[uids].set(mean[:, :-1], mode="drop", **DISTINCT),
+        table.accumulator.at[uids].set(mean[:, -1], mode="drop", **DISTINCT),
     )

@@ -375,5 +375,5 @@ def test_the_description_is_readable_by_anybody(checkpoints):
     checkpoints.save(1, small_state(1), {"batches": 3})
     checkpoints.wait()
     raw = json.loads((checkpoints.directory / "1" / "description" / "metadata").read_text())
-    assert raw["data_state"] == {"batches": 3}
+    assert raw["data_states"] == [{"batches": 3}]
     assert FeatureSchema.from_json(json.dumps(raw["schema"])) == SCHEMA

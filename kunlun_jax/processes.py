@@ -1,0 +1,195 @@
+"""Several processes that train one model: how they find each other, agree, and notice that one of them has died.
+
+Every process runs the same command, computes its own devices' part and feeds its own batch shards. Process 0 also
+writes the log and the summary. All must see the same directory for checkpoints.
+
+A process that dies leaves the others waiting inside an exchange, which some back ends never give up. So each process
+leaves a sign of life with the coordinator every few seconds, and ends itself with a clear error when another's stops.
+"""
+
+import os
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from kunlun_jax.sharding import BATCH, REPLICATED, own_shards
+
+SIGN_OF_LIFE = 2.0  # seconds between two
+SILENCE = 25.0  # seconds without a new one after which a process counts as dead
+_ALIVE = "kunlun_jax/alive"
+
+
+@dataclass(frozen=True)
+class ProcessConfig:
+    """This process among those that train together. The default is one process alone.
+
+    Attributes:
+      count: of processes.
+      index: of this one, from 0.
+      coordinator: host:port of process 0, reachable by all; the port must be free there.
+      patience: seconds to wait for all processes at the start.
+
+    Raises:
+      ValueError: numbers don't fit together: among them an index beyond what the launcher promised.
+    """
+
+    count: int = 1
+    index: int = 0
+    coordinator: str | None = None
+    patience: int = 50
+
+    def __post_init__(self):
+        if self.count < 1 or self.patience < 1:
+            raise ValueError(f"processes: count {self.count} and patience {self.patience} must be at least 1")
+        if not 0 <= self.index < self.count:
+            raise ValueError(
+                f"processes.index is {self.index}, but the launcher promised {self.count} process(es), numbered from "
+                f"0; start fewer processes, or raise processes.count for all of them"
+            )
+        if self.count > 1 and (self.coordinator is None or not self.coordinator.rpartition(":")[2].isdecimal()):
+            raise ValueError(
+                f"processes.coordinator: {self.count} processes need the host:port of process 0, got "
+                f"{self.coordinator!r}"
+            )
+
+
+def start(config: ProcessConfig) -> None:
+    """Join the other processes; call it before anything asks JAX for a device. One process alone needs nothing.
+
+    Raises:
+      ConnectionError: not all processes came in time.
+    """
+    if config.count == 1:
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, by which a run saves and stops
+    try:
+        jax.distributed.initialize(
+            config.coordinator,
+            config.count,
+            config.index,
+            # All devices that this process sees are its own, whatever a cluster's environment would suggest.
+            cluster_detection_method="deactivate",
+            initialization_timeout=config.patience,
+            # Later than our own sign of life, whose error is clearer.
+            heartbeat_timeout_seconds=int(2 * SILENCE),
+        )
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConnectionError(
+            f"process {config.index}: the {config.count} processes did not find each other at {config.coordinator} "
+            f"within {config.patience} s ({reason}). Start all of them, each index once"
+        ) from error
+    threading.Thread(target=_watch, args=(config,), daemon=True).start()
+
+
+_ended = threading.Event()
+
+
+def finish() -> None:
+    """Leave in peace: wait for the others, so that nobody takes this process for dead."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("finish")
+        _ended.set()
+        jax.distributed.shutdown()
+
+
+def end(code: int) -> int:
+    """The exit code after an error. One of several processes ends here and now: on its way out JAX would wait for the
+    others, who notice the missing sign of life and end as well."""
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _watch(config: ProcessConfig) -> None:
+    client = jax._src.distributed.global_state.client  # the only key-value store that all processes share
+    beats: dict[str, tuple[str, float]] = {}
+    count = 0
+    while not _ended.wait(SIGN_OF_LIFE):
+        count += 1
+        try:
+            client.key_value_set(f"{_ALIVE}/{config.index}", str(count), allow_overwrite=True)
+            seen = dict(client.key_value_dir_get(_ALIVE))
+        except Exception as error:
+            _give_up(config, f"process 0, the coordinator, does not answer ({str(error).splitlines()[0]})")
+            return
+        now = time.monotonic()
+        for index in range(config.count):
+            key = f"{_ALIVE}/{index}"
+            value = seen.get(key, "")
+            if beats.get(key, (None, 0.0))[0] != value:
+                beats[key] = (value, now)
+            elif now - beats[key][1] > SILENCE:
+                _give_up(config, f"process {index} has given no sign of life for {SILENCE:.0f} s")
+                return
+
+
+def _give_up(config: ProcessConfig, reason: str) -> None:
+    if not _ended.is_set():
+        print(f"\nerror: process {config.index}: {reason}; {HOW_TO_GO_ON}", file=sys.stderr)
+        end(1)
+
+
+HOW_TO_GO_ON = (
+    "it has probably ended, and its own output says why. The last checkpoint is untouched: start all processes again "
+    "with --resume"
+)
+
+
+def gather(value: Any) -> list[Any]:
+    """The value of every process, by index, on every process. All must call it at the same point."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(pickle.dumps(value), np.uint8)  # only ever exchanged among processes of one run
+    sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32)).reshape(-1)
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def first_on_one[T](function: Callable[[], T]) -> T:
+    """Call `function` on process 0 and then on the others, so that they find its files; all fail if the first does."""
+    if jax.process_count() == 1:
+        return function()
+    result, problem = None, None
+    if jax.process_index() == 0:
+        try:
+            result = function()
+        except (OSError, ValueError) as error:
+            problem = error
+    if (failed := gather(problem and str(problem))[0]) is not None:
+        raise problem or ValueError(f"process 0: {failed}")
+    return result if jax.process_index() == 0 else function()  # type: ignore[return-value]
+
+
+class Vote:
+    """Whether any process has raised its hand, told to all at the same step: one call late, so that nobody waits."""
+
+    def __init__(self, mesh: Mesh | None):
+        self._mesh, self._pending = mesh, None
+        if mesh is not None and len(own_shards(mesh)) < mesh.size:
+            self._sharding = NamedSharding(mesh, BATCH)
+            self._any = jax.jit(lambda x: x.any(), out_shardings=NamedSharding(mesh, REPLICATED))
+        else:
+            self._mesh = None
+
+    def __call__(self, hand: bool) -> bool:
+        if self._mesh is None:
+            return hand
+        before = self._pending
+        flags = jax.make_array_from_callback((self._mesh.size,), self._sharding, lambda _: np.array([hand]))
+        self._pending = self._any(flags)
+        return before is not None and bool(before)
