@@ -1,5 +1,7 @@
 """Small random schemas and batches that the tests share."""
 
+import dataclasses
+
 import numpy as np
 
 from kunlun_jax.batch import Batch, EmbeddedBatch, check_batch
@@ -96,3 +98,19 @@ def random_sequence(rng, lengths, width, *, shards=1, max_length=None, spare=3) 
         fill={"x": np.nan},
     )
     return packed.with_values(packed.values["x"])
+
+
+def spoil(batch) -> EmbeddedBatch:
+    """The batch with NaN in every token that lies outside all samples."""
+
+    def of_type(sequence):
+        outside = np.ones(next(iter(sequence.values.values())).shape[:2], bool)
+        for shard, spans in enumerate(zip(sequence.starts, sequence.lengths, strict=True)):
+            for start, length in zip(*spans, strict=True):
+                outside[shard, start : start + length] = False
+        assert outside.any()
+        nan = {n: np.where(outside.reshape(*outside.shape, *[1] * (x.ndim - 2)), np.nan, x).astype(np.float32)
+               for n, x in sequence.values.items()}  # fmt: skip
+        return sequence.with_values(nan)
+
+    return dataclasses.replace(batch, events={name: of_type(sequence) for name, sequence in batch.events.items()})

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import plain
 import pytest
-from batches import random_embedded, small_schema
+from batches import random_embedded, small_schema, spoil
 from flax import nnx
 
 from kunlun_jax.batch import EmbeddedBatch
@@ -105,22 +105,6 @@ def rearrange(batch, requests, samples, *, shards=1) -> EmbeddedBatch:
         events,
         index,
     )
-
-
-def spoil(batch) -> EmbeddedBatch:
-    """The batch with NaN in every token that lies outside all samples."""
-
-    def of_type(sequence):
-        outside = np.ones(next(iter(sequence.values.values())).shape[:2], bool)
-        for shard, spans in enumerate(zip(sequence.starts, sequence.lengths, strict=True)):
-            for start, length in zip(*spans, strict=True):
-                outside[shard, start : start + length] = False
-        assert outside.any()
-        nan = {n: np.where(outside.reshape(*outside.shape, *[1] * (x.ndim - 2)), np.nan, x).astype(np.float32)
-               for n, x in sequence.values.items()}  # fmt: skip
-        return sequence.with_values(nan)
-
-    return dataclasses.replace(batch, events={name: of_type(sequence) for name, sequence in batch.events.items()})
 
 
 # --- which quantity depends on what ---------------------------------------------------------------------------------
