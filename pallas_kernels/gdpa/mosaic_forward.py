@@ -97,6 +97,7 @@ def forward_scratch(dtype, panels: int, tiles: ForwardTiles, *, interpret) -> di
         k_empty=plgpu.Barrier(num_arrivals=tiles.compute, num_barriers=tiles.kv_slots),
         v_full=plgpu.Barrier(num_arrivals=panels, num_barriers=tiles.kv_slots),
         v_empty=plgpu.Barrier(num_arrivals=tiles.compute, num_barriers=tiles.kv_slots),
+        turn=plgpu.Barrier(num_arrivals=1, num_barriers=2),
         tail_full=plgpu.Barrier(num_arrivals=panels * hopper.tail_arrivals(tiles.kv_block)),
     )
 
@@ -113,6 +114,7 @@ def _kernel(
     k_empty,
     v_full,
     v_empty,
+    turn,
     tail_full,
     activation,
     scale,
@@ -135,6 +137,10 @@ def _kernel(
         route = Walk(Line(*order), tiles.tiling, heads, sms, sm)
     else:
         route = Deal(Schedule(*order), heads, sms, sm)
+
+    # Two warpgroups that issue their products in turns compute their activations beside each other's products. While
+    # keys stream, the loads already space them out: 2–4 % slower with turns, 1–3 % faster where keys stay.
+    take_turns = tiles.resident and tiles.compute == 2
 
     def by_head(head, functions, x):
         """Apply the function of the head's activation."""
@@ -274,7 +280,11 @@ def _kernel(
                 state = (cursor, any_work, item, zero, zero, weights)
                 lax.while_loop(lambda state: state[1], functools.partial(attend, out_acc), state)
 
+            if take_turns:
+                pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
             pl.run_scoped(all_items, plgpu.ACC((WARPGROUP_ROWS, width), jnp.float32))
+            if take_turns:
+                pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
 
         fill_zeros()
         plgpu.wait_smem_to_gmem(0)
@@ -352,9 +362,13 @@ def _kernel(
             when(first_pass, lambda: plgpu.barrier_wait(v_full.at[v_at]))
 
             def both(acc):
+                if take_turns:
+                    plgpu.barrier_wait(turn.at[warpgroup])
                 issue_scores(acc, following, live)
                 for p in range(panels):
                     plgpu.wgmma(panel(out_acc, p), weights, v_mma.at[v_at, p])
+                if take_turns:
+                    plgpu.barrier_arrive(turn.at[1 - warpgroup])
                 return plgpu.wgmma_accumulator_load(acc, wait_n=panels)
 
             s = pl.run_scoped(both, score_type)

@@ -50,7 +50,9 @@ def forward_tiles(*, width: int, max_kv_length: int) -> ForwardTiles:
     """The forward kernel's tiles for a call."""
     kv_block = 64 if max_kv_length <= 64 else 128
     per_block = kv_block * width * 2 * 2  # K and V, 16-bit
-    fixed = 3 * 2 * WARPGROUP_ROWS * width * 2  # two query tiles and an output tile
-    kv_slots = min((SHARED_MEMORY - fixed - 1024) // per_block, 4)
+    per_tile = 2 * WARPGROUP_ROWS * width * 2  # queries, or an output
+    room = SHARED_MEMORY - 1024 - 3 * per_tile  # beside two tiles of queries and one of the output
+    kv_slots = min(room // per_block, 4)
+    q_slots = 4 if room - kv_slots * per_block >= 2 * per_tile else 2
     resident = max_kv_length <= kv_slots * kv_block
-    return ForwardTiles(kv_block=kv_block, kv_slots=kv_slots, q_slots=2, resident=resident)
+    return ForwardTiles(kv_block=kv_block, kv_slots=kv_slots, q_slots=q_slots, resident=resident)
