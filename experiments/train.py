@@ -190,7 +190,7 @@ def main() -> int:
         if jax.process_count() == 1:
             raise
         reason = str(error).splitlines()[0]
-        print(f"error: process {jax.process_index()}: an exchange failed ({reason}); {HOW_TO_GO_ON}", file=sys.stderr)
+        print(f"error: process {jax.process_index()}: an exchange failed ({reason}). {HOW_TO_GO_ON}", file=sys.stderr)
         return end(1)
 
 

@@ -7,8 +7,10 @@ A process that dies leaves the others waiting inside an exchange, which some bac
 leaves a sign of life with the coordinator every few seconds, and ends itself with a clear error when another's stops.
 """
 
+import contextlib
 import os
 import pickle
+import socket
 import sys
 import threading
 import time
@@ -66,30 +68,82 @@ def start(config: ProcessConfig) -> None:
     """Join the other processes; call it before anything asks JAX for a device. One process alone needs nothing.
 
     Raises:
-      ConnectionError: not all processes came in time.
+      ConnectionError: not all processes came in time, two have the same index, or they expect different numbers.
     """
     if config.count == 1:
         return
+    _meet(config)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, by which a run saves and stops
-    try:
-        jax.distributed.initialize(
-            config.coordinator,
-            config.count,
-            config.index,
-            # All devices that this process sees are its own, whatever a cluster's environment would suggest.
-            cluster_detection_method="deactivate",
-            initialization_timeout=config.patience,
-            # Later than our own sign of life, whose error is clearer.
-            heartbeat_timeout_seconds=int(2 * SILENCE),
-        )
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise ConnectionError(
-            f"process {config.index}: the {config.count} processes did not find each other at {config.coordinator} "
-            f"within {config.patience} s ({reason}). Start all of them, each index once"
-        ) from error
+    jax.distributed.initialize(
+        config.coordinator,
+        config.count,
+        config.index,
+        # All devices that this process sees are its own, whatever a cluster's environment would suggest.
+        cluster_detection_method="deactivate",
+        initialization_timeout=config.patience,
+        # Later than our own sign of life, whose error is clearer.
+        heartbeat_timeout_seconds=int(2 * SILENCE),
+    )
     threading.Thread(target=_watch, args=(config,), daemon=True).start()
+
+
+def _meet(config: ProcessConfig) -> None:
+    """Count heads at the coordinator's address before JAX takes it over, which aborts without a word to the user."""
+    host, _, port = config.coordinator.rpartition(":")  # type: ignore[union-attr]
+    deadline = time.monotonic() + config.patience
+    if config.index == 0:
+        problem = _count_heads(config, int(port), deadline)
+    else:
+        problem = _report_to((host.strip("[]"), int(port)), config, deadline)
+    if problem:
+        raise ConnectionError(f"process {config.index}: {problem}. Start {config.count} processes, each index once")
+
+
+def _count_heads(config: ProcessConfig, port: int, deadline: float) -> str | None:
+    """Process 0's part: wait for the others and tell them all what is wrong, if anything is."""
+    present: dict[int, socket.socket] = {}
+    others, problem = [], None
+    try:
+        with socket.create_server(("", port)) as server:
+            while problem is None and len(present) < config.count - 1:
+                server.settimeout(max(deadline - time.monotonic(), 0.01))
+                try:
+                    other, _ = server.accept()
+                except TimeoutError:
+                    missing = sorted(set(range(1, config.count)) - present.keys())
+                    problem = f"processes {missing} of {config.count} did not come within {config.patience} s"
+                    break
+                others.append(other)
+                other.settimeout(5)
+                with contextlib.suppress(OSError, ValueError):  # whoever speaks otherwise is none of us
+                    index, count = (int(x) for x in other.recv(64).split())
+                    if count != config.count:
+                        problem = f"process {index} expects {count} processes, process 0 expects {config.count}"
+                    elif index in present:
+                        problem = f"there are two processes with index {index}"
+                    present[index] = other
+    except OSError as error:
+        problem = f"port {port} can't be used here ({error}); choose another in processes.coordinator"
+    for other in others:
+        with contextlib.suppress(OSError):
+            other.sendall((problem or "welcome").encode())
+        other.close()
+    return problem
+
+
+def _report_to(address: tuple[str, int], config: ProcessConfig, deadline: float) -> str | None:
+    while True:
+        try:
+            with socket.create_connection(address, timeout=5) as coordinator:
+                coordinator.sendall(f"{config.index} {config.count}\n".encode())
+                coordinator.settimeout(max(deadline + 5 - time.monotonic(), 1))
+                answer = coordinator.recv(1000).decode(errors="replace")
+            return None if answer == "welcome" else answer or "process 0 has ended"
+        except OSError as error:
+            if time.monotonic() > deadline:
+                return f"process 0 did not answer at {config.coordinator} within {config.patience} s ({error})"
+            time.sleep(0.2)
 
 
 _ended = threading.Event()
@@ -138,13 +192,13 @@ def _watch(config: ProcessConfig) -> None:
 
 def _give_up(config: ProcessConfig, reason: str) -> None:
     if not _ended.is_set():
-        print(f"\nerror: process {config.index}: {reason}; {HOW_TO_GO_ON}", file=sys.stderr)
+        print(f"\nerror: process {config.index}: {reason}. {HOW_TO_GO_ON}", file=sys.stderr)
         end(1)
 
 
 HOW_TO_GO_ON = (
-    "it has probably ended, and its own output says why. The last checkpoint is untouched: start all processes again "
-    "with --resume"
+    "Another process has probably ended; its own output says why. The last checkpoint is untouched: start all "
+    "processes again with --resume"
 )
 
 

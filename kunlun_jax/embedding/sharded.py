@@ -164,11 +164,20 @@ def _beyond(rows: int, count: int) -> Int[Array, "count"]:
 
 def _mean_of_replicas(table: TableState, touched: Int[Array, "m"]) -> TableState:
     """Rows and accumulators that any replica touched become the mean over the replicas."""
-    uids, _ = distinct(lax.all_gather(touched, DATA, tiled=True), table.rows.shape[0])
+    block_rows, width = table.rows.shape
+    if touched.size * lax.axis_size(DATA) >= block_rows:
+        # No more rows than ids: the whole block travels, and no ids.
+        hit = jnp.zeros(block_rows, jnp.float32).at[touched].set(1, mode="drop")
+        mean = lax.pmean(jnp.column_stack([table.rows, table.accumulator, hit]), DATA)
+        hit = mean[:, -1] > 0
+        return TableState(
+            jnp.where(hit[:, None], mean[:, :width], table.rows), jnp.where(hit, mean[:, width], table.accumulator)
+        )
+    uids, _ = distinct(lax.all_gather(touched, DATA, tiled=True), block_rows)
     rows = table.rows.at[uids].get(mode="fill", fill_value=0, **DISTINCT)
     accumulator = table.accumulator.at[uids].get(mode="fill", fill_value=0, **DISTINCT)
-    mean = lax.pmean(jnp.concatenate([rows, accumulator[:, None]], axis=1), DATA)
+    mean = lax.pmean(jnp.column_stack([rows, accumulator]), DATA)
     return TableState(
-        table.rows.at[uids].set(mean[:, :-1], mode="drop", **DISTINCT),
-        table.accumulator.at[uids].set(mean[:, -1], mode="drop", **DISTINCT),
+        table.rows.at[uids].set(mean[:, :width], mode="drop", **DISTINCT),
+        table.accumulator.at[uids].set(mean[:, width], mode="drop", **DISTINCT),
     )

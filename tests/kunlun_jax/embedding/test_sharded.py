@@ -17,13 +17,17 @@ from kunlun_jax.embedding.sharded import ShardedTables
 from kunlun_jax.schema import PADDING_ID, FeatureSchema, SparseField, Table
 from kunlun_jax.sharding import AXES, BATCH, REPLICATED, ParallelConfig, make_mesh, on_mesh, place_batch
 
-ROWS, WIDTH, IDS, STEPS, SAMPLES = 19, 4, 3, 5, 16
+ROWS, WIDTH, IDS, STEPS, SAMPLES = 211, 4, 3, 5, 16
 RATE, EPSILON = 0.3, 1e-6
 SCHEMA = FeatureSchema(
-    tables=(Table("item", ROWS, WIDTH), Table("tag", 3, 2)),
-    sparse=(SparseField("item", "item", max_ids=IDS), SparseField("tags", "tag", max_ids=2)),
+    tables=(Table("item", ROWS, WIDTH), Table("brand", 19, 3), Table("tag", 3, 2)),
+    sparse=(
+        SparseField("item", "item", max_ids=IDS),
+        SparseField("brand", "brand"),
+        SparseField("tags", "tag", max_ids=2),
+    ),
 )
-# item is sharded, tag is small enough to be whole on every device.
+# item has more rows in a block than a step has ids, brand has fewer; tag is small enough to be whole on every device.
 SMALL = 3 * (2 + 1) * 4
 CASES = {
     "one replica": ParallelConfig(data=1, expert=8),
@@ -117,7 +121,7 @@ def on_devices(config: ParallelConfig, tables, steps: Steps, ok=True):
 
 def by_hand(config: ParallelConfig, tables, steps: Steps):
     """The algorithm in float64, sample by sample, in the same form."""
-    replicas = {name: config.replicas if name == "item" else 1 for name in tables}
+    replicas = {name: 1 if name == "tag" else config.replicas for name in tables}
     state = {
         name: [[np.array(x, np.float64) for x in table] for _ in range(replicas[name])]
         for name, table in tables.items()
@@ -182,12 +186,12 @@ def test_a_bad_step_changes_no_replica():
 def test_the_first_step_grows_with_the_root_of_c():
     """One row, touched by every replica with the same gradient, which therefore is that of one replica."""
     steps = Steps(
-        {"item": np.full((STEPS, SAMPLES, IDS), 7, np.int32), "tags": np.full((STEPS, SAMPLES, 2), 1, np.int32)},
-        {"item": np.ones((STEPS, SAMPLES, WIDTH)), "tags": np.ones((STEPS, SAMPLES, 2))},
+        {f.name: np.full((STEPS, SAMPLES, f.max_ids), 1, np.int32) for f in SCHEMA.sparse},
+        {f.name: np.ones((STEPS, SAMPLES, SCHEMA.table(f.table).width)) for f in SCHEMA.sparse},
     )
     zeros = {t.name: TableState(np.zeros((t.rows, t.width)), np.zeros(t.rows)) for t in SCHEMA.tables}
     run = partial(on_devices, tables=zeros, steps=steps)
     alone, scaled, plain = (
-        run(CASES[c])[0]["item"].rows[0, 7, 0] for c in ("one replica", "two replicas", "two replicas, c = 1")
+        run(CASES[c])[0]["item"].rows[0, 1, 0] for c in ("one replica", "two replicas", "two replicas, c = 1")
     )
     np.testing.assert_allclose([alone, plain, scaled], [RATE, RATE, RATE * 2**0.5], rtol=1e-4)
