@@ -85,18 +85,18 @@ def gdpa_forward(
 def forward_scratch(dtype, panels: int, tiles: ForwardTiles, *, interpret) -> dict:
     """Shared memory and barriers of the kernel."""
     buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
-    kv_shape = (tiles.kv_slots, panels, tiles.kv_block, hopper.PANEL)
+    block = (panels, tiles.kv_block, hopper.PANEL)
     return dict(
         q_smem=buffer((tiles.q_slots, tiles.compute, panels, WARPGROUP_ROWS, hopper.PANEL)),
-        k_smem=buffer(kv_shape),
-        v_smem=buffer(kv_shape),
+        k_smem=buffer((tiles.k_slots, *block)),
+        v_smem=buffer((tiles.v_slots, *block)),
         out_smem=hopper.store_buffer((tiles.compute, panels, WARPGROUP_ROWS, hopper.PANEL), dtype),
         q_full=plgpu.Barrier(num_arrivals=tiles.compute * panels, num_barriers=tiles.q_slots),
         q_empty=plgpu.Barrier(num_arrivals=tiles.compute, num_barriers=tiles.q_slots),
-        k_full=plgpu.Barrier(num_arrivals=panels, num_barriers=tiles.kv_slots),
-        k_empty=plgpu.Barrier(num_arrivals=tiles.compute, num_barriers=tiles.kv_slots),
-        v_full=plgpu.Barrier(num_arrivals=panels, num_barriers=tiles.kv_slots),
-        v_empty=plgpu.Barrier(num_arrivals=tiles.compute, num_barriers=tiles.kv_slots),
+        k_full=plgpu.Barrier(num_arrivals=panels, num_barriers=tiles.k_slots),
+        k_empty=plgpu.Barrier(num_arrivals=tiles.compute, num_barriers=tiles.k_slots),
+        v_full=plgpu.Barrier(num_arrivals=panels, num_barriers=tiles.v_slots),
+        v_empty=plgpu.Barrier(num_arrivals=tiles.compute, num_barriers=tiles.v_slots),
         turn=plgpu.Barrier(num_arrivals=1, num_barriers=2),
         tail_full=plgpu.Barrier(num_arrivals=panels * hopper.tail_arrivals(tiles.kv_block)),
     )
@@ -161,8 +161,11 @@ def _kernel(
     def q_slot(n):
         return _modulo(n, tiles.q_slots)
 
-    def kv_slot(n):
-        return _modulo(n, tiles.kv_slots)
+    def k_slot(n):
+        return _modulo(n, tiles.k_slots)
+
+    def v_slot(n):
+        return _modulo(n, tiles.v_slots)
 
     def columns(head, p):
         return head, pl.ds(hopper.PANEL * p, hopper.PANEL)
@@ -192,10 +195,10 @@ def _kernel(
                     )
 
         def load_kv(item, n, j):
-            slot, head, row = kv_slot(n), lax.div(item.head, group), item.other_row + j * block
+            head, row = lax.div(item.head, group), item.other_row + j * block
 
-            def load(source, target, full, empty):
-                @pl.when(n >= tiles.kv_slots)
+            def load(source, target, full, empty, slot, slots):
+                @pl.when(n >= slots)
                 def _():
                     plgpu.barrier_wait(empty.at[slot])
 
@@ -204,16 +207,18 @@ def _kernel(
                         source.at[(pl.ds(row, block), *columns(head, p))], target.at[slot, p], full.at[slot]
                     )
 
-            load(k_gmem, k_tma, k_full, k_empty)
+            load(k_gmem, k_tma, k_full, k_empty, k_slot(n), tiles.k_slots)
             rows = item.other_rows - j * block
 
             @pl.when(rows >= block)
             def _():
-                load(v_gmem, v_tma, v_full, v_empty)
+                load(v_gmem, v_tma, v_full, v_empty, v_slot(n), tiles.v_slots)
 
             @pl.when(rows < block)
             def _():
-                @pl.when(n >= tiles.kv_slots)
+                slot = v_slot(n)
+
+                @pl.when(n >= tiles.v_slots)
                 def _():
                     plgpu.barrier_wait(v_empty.at[slot])
 
@@ -244,15 +249,15 @@ def _kernel(
         *_, q_count, kv_count = lax.while_loop(lambda state: state[1], load_item, (*route.first(), zero, zero))
 
         # Every completed phase must have been waited for when the kernel ends.
-        def drain(n, slots, slot, *barriers):
+        def drain(n, slots, slot, barrier):
             def wait(i, _):
-                for barrier in barriers:
-                    plgpu.barrier_wait(barrier.at[slot(i)])
+                plgpu.barrier_wait(barrier.at[slot(i)])
 
             lax.fori_loop(jnp.maximum(n - slots, 0), n, wait, None)
 
         drain(q_count, tiles.q_slots, q_slot, q_empty)
-        drain(kv_count, tiles.kv_slots, kv_slot, k_empty, v_empty)
+        drain(kv_count, tiles.k_slots, k_slot, k_empty)
+        drain(kv_count, tiles.v_slots, v_slot, v_empty)
 
     # --- the warpgroups that compute
 
@@ -300,7 +305,7 @@ def _kernel(
 
     def issue_scores(acc, at, live):
         """Start s = Q Kᵀ; not live: of whatever is in the slots."""
-        q_at, kv_at = q_slot(at.q_number), kv_slot(at.kv_number)
+        q_at, kv_at = q_slot(at.q_number), k_slot(at.kv_number)
         when(live & at.tile_begins, lambda: plgpu.barrier_wait(q_full.at[q_at]))
         when(live & at.first_pass, lambda: plgpu.barrier_wait(k_full.at[kv_at]))
         for p in range(panels):
@@ -308,7 +313,7 @@ def _kernel(
 
     def release_scores(at, live):
         when(live & at.tile_ends, lambda: plgpu.barrier_arrive(q_empty.at[q_slot(at.q_number)]))
-        when(live & at.last_pass, lambda: plgpu.barrier_arrive(k_empty.at[kv_slot(at.kv_number)]))
+        when(live & at.last_pass, lambda: plgpu.barrier_arrive(k_empty.at[k_slot(at.kv_number)]))
 
     def weigh(s, item, j):
         """Weights from raw scores; a sample's end is cut off, K may hold anything behind it."""
@@ -358,7 +363,9 @@ def _kernel(
                     j_next + 1 == jnp.where(inside, blocks, blocks_next),
                 )
             live = inside | another
-            v_at = kv_slot(kv_number)
+            v_at = lax.optimization_barrier(
+                v_slot(kv_number)
+            )  # else a single slot's descriptors leave the loop and spill
             when(first_pass, lambda: plgpu.barrier_wait(v_full.at[v_at]))
 
             def both(acc):

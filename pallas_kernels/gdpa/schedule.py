@@ -7,6 +7,7 @@ sums. No host work and no atomics: the same lengths give the same assignment.
 
 from typing import Any, NamedTuple
 
+import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
@@ -24,6 +25,7 @@ class Line(NamedTuple):
     units: [B + 1] units before each sample, and of all of them.
     following: [B + 1] the first sample with work from each on; B: none.
     ends: [B + 1] where the last span before each sample's rows ends, and the last of all.
+    covered: [B + 1] rows with work before each sample in the order given, and all of them.
     """
 
     starts: Any
@@ -33,6 +35,7 @@ class Line(NamedTuple):
     units: Any
     following: Any
     ends: Any
+    covered: Any
 
 
 class Tiling(NamedTuple):
@@ -76,14 +79,15 @@ def make_line(starts, lengths, other_starts, other_lengths, tiling: Tiling) -> L
     begin = jnp.concatenate([jnp.where(live, starts, -1), jnp.full(1, jnp.iinfo(jnp.int32).max)])
     if B <= PAIRWISE:
         b, i = (lax.broadcasted_iota(jnp.int32, (B + 1, B), axis) for axis in (0, 1))
-        units, following, ends = lax.reduce(
+        units, following, ends, covered = lax.reduce(
             (
                 jnp.where(i < b, cost, 0),
                 jnp.where((i >= b) & live, i, B),
                 jnp.where(end <= begin[:, None], end, 0),
+                jnp.where((i < b) & live, lengths, 0),
             ),
-            (jnp.int32(0), jnp.int32(B), jnp.int32(0)),
-            lambda x, y: (x[0] + y[0], jnp.minimum(x[1], y[1]), jnp.maximum(x[2], y[2])),
+            (jnp.int32(0), jnp.int32(B), jnp.int32(0), jnp.int32(0)),
+            lambda x, y: (x[0] + y[0], jnp.minimum(x[1], y[1]), jnp.maximum(x[2], y[2]), x[3] + y[3]),
             (1,),
         )
     else:
@@ -91,7 +95,8 @@ def make_line(starts, lengths, other_starts, other_lengths, tiling: Tiling) -> L
         index = jnp.where(live, jnp.arange(B, dtype=jnp.int32), B)
         following = jnp.pad(lax.cummin(index, reverse=True), (0, 1), constant_values=B)
         ends = last_at_most(end, begin)
-    return Line(starts, lengths, other_starts, other_lengths, units, following, ends)
+        covered = jnp.pad(jnp.cumsum(jnp.where(live, lengths, 0)), (1, 0))
+    return Line(starts, lengths, other_starts, other_lengths, units, following, ends, covered)
 
 
 class Walk:
@@ -109,14 +114,12 @@ class Walk:
         head = lax.div(self.begin, jnp.maximum(self.per_head, 1))
         within = self.begin - head * self.per_head
 
-        def halve(_, bounds):
-            low, high = bounds  # units[low] <= within < units[high]
-            middle = lax.shift_right_logical(low + high, jnp.int32(1))
-            right = self.line.units[middle] <= within
-            return jnp.where(right, middle, low), jnp.where(right, high, middle)
-
-        bounds = jnp.int32(0), jnp.int32(self.samples)
-        sample, _ = lax.fori_loop(0, self.samples.bit_length(), halve, bounds)
+        sample, stride = jnp.int32(0), 1 << 3 * -(-self.samples.bit_length() // 3)
+        while stride > 1:  # units[sample] <= within < units[sample + stride]; a read takes long, seven beside it do not
+            stride //= 8
+            probes = [jnp.minimum(sample + i * stride, self.samples) for i in range(1, 8)]
+            sample += stride * sum(jnp.where(self.line.units[p] <= within, 1, 0) for p in probes)
+        sample = jnp.minimum(sample, self.samples - 1)
         cursor = Cursor(sample, self.line.following[sample + 1], head)
         # The range may begin within the last tile of a sample, which belongs to the SM before.
         used_up = self._tiles_before(cursor, self.begin) >= self.tiling.tiles(self.line.lengths[sample])
@@ -147,7 +150,10 @@ class Walk:
             return line.ends[b], jnp.where(live, line.starts[b] - line.ends[b], 0)
 
         end = line.ends[self.samples]
-        _fill_gaps(fill, self.samples, gap, (end, rows - end), size, worker, workers)
+
+        @pl.when(line.covered[self.samples] < rows)  # reading the gaps takes as long as a tile
+        def _():
+            _fill_gaps(fill, self.samples, gap, (end, rows - end), size, worker, workers)
 
     def _step(self, cursor: Cursor) -> Cursor:
         wrap = cursor.next_sample == self.samples

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import gdpa
+from pallas_kernels import gdpa, gdpa_block
 from pallas_kernels.gdpa import mosaic
 
 pytestmark = [
@@ -49,10 +49,10 @@ def batch(seed, *, samples, lq, lkv, heads, kv_heads, width, dtype):
     return (q, k, v, do), {n: jnp.asarray(x[shuffle], jnp.int32) for n, x in named.items()}, (q_inside, kv_inside)
 
 
-def value_and_gradients(implementation, operands, spans, runs=1, **static):
+def value_and_gradients(implementation, operands, spans, runs=1, operator=gdpa, **static):
     @jax.jit
     def run(q, k, v, do, spans):
-        out, pull = jax.vjp(lambda *x: gdpa(*x, **spans, **static, implementation=implementation), q, k, v)
+        out, pull = jax.vjp(lambda *x: operator(*x, **spans, **static, implementation=implementation), q, k, v)
         return out, *pull(do)
 
     results = [run(*operands, spans) for _ in range(runs)]
@@ -80,11 +80,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients(name):
+@pytest.mark.parametrize(
+    ("name", "operator"),
+    [*((name, gdpa) for name in CASES), ("resident-d128", gdpa_block), ("few-keys-d64", gdpa_block)],
+)
+def test_values_and_gradients(name, operator):
     shape = CASES[name]
     operands, spans, inside = batch(0, **shape)
     static = dict(
+        operator=operator,
         max_q_length=shape["lq"],
         max_kv_length=shape["lkv"],
         scale=0.2,

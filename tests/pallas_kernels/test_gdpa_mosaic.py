@@ -133,14 +133,15 @@ def test_dealing_gives_every_item_to_one_worker(total, workers):
     ("changes", "message"),
     [
         (dict(kv_block=96), "kv_block=96"),
-        (dict(kv_slots=0), "kv_slots=0"),
+        (dict(k_slots=0), "k_slots=0"),
+        (dict(v_slots=17), "v_slots=17"),
         (dict(q_slots=0), "q_slots=0"),
         (dict(compute=3), "compute=3"),
     ],
 )
 def test_bad_tiles(changes, message):
     with pytest.raises(ValueError, match=message):
-        ForwardTiles(**dict(kv_block=128, kv_slots=2, q_slots=2, resident=True) | changes)
+        ForwardTiles(**dict(kv_block=128, k_slots=2, v_slots=2, q_slots=2, resident=True) | changes)
 
 
 def choices():
@@ -176,7 +177,7 @@ def test_every_choice_fits_and_is_lowered(width, kv, samples):
 
 def test_tiles_beyond_shared_memory_are_refused():
     x, spans = jnp.ones((128, 1, 128), jnp.bfloat16), [jnp.zeros(1, jnp.int32)] * 4
-    tiles = ForwardTiles(kv_block=128, kv_slots=3, q_slots=2, resident=True)
+    tiles = ForwardTiles(kv_block=128, k_slots=3, v_slots=3, q_slots=2, resident=True)
     static = dict(activation=("relu",), scale=1.0, post_scale=1.0, sms=1, tiles=tiles)
     with pytest.raises(ValueError, match=r"takes \d+ bytes of shared memory, sm_90 has 232448"):
         gdpa_forward(x, x, x, make_line(*spans, tiles.tiling), **static)
@@ -233,10 +234,23 @@ def batch(q_lengths, kv_lengths, *, heads, kv_heads, width, dtype):
 
 
 CASES = {
-    "resident": (64, jnp.bfloat16, dict(kv_block=128, kv_slots=2, resident=True), [131, 0, 70, 1], [128, 50, 0, 200]),
-    "wide": (128, jnp.bfloat16, dict(kv_block=64, kv_slots=2, resident=True), [260, 3], [33, 100]),
-    "streamed": (64, jnp.bfloat16, dict(kv_block=64, kv_slots=2, resident=False), [131, 5, 70], [200, 50, 129]),
-    "float16": (64, jnp.float16, dict(kv_block=64, kv_slots=3, resident=True), [65, 128], [64, 130]),
+    "resident": (
+        64,
+        jnp.bfloat16,
+        dict(kv_block=128, k_slots=2, v_slots=2, resident=True),
+        [131, 0, 70, 1],
+        [128, 50, 0, 200],
+    ),
+    "wide": (128, jnp.bfloat16, dict(kv_block=64, k_slots=2, v_slots=2, resident=True), [260, 3], [33, 100]),
+    "streamed": (
+        64,
+        jnp.bfloat16,
+        dict(kv_block=64, k_slots=2, v_slots=2, resident=False),
+        [131, 5, 70],
+        [200, 50, 129],
+    ),
+    "float16": (64, jnp.float16, dict(kv_block=64, k_slots=3, v_slots=3, resident=True), [65, 128], [64, 130]),
+    "one-block": (64, jnp.bfloat16, dict(kv_block=128, k_slots=2, v_slots=1, resident=True), [260, 5, 1], [128, 3, 77]),
 }
 
 
@@ -265,7 +279,7 @@ def test_interpreted_kernel(name):
 def test_every_activation_interpreted(name):
     (q, k, v, _), spans = batch([40], [30], heads=1, kv_heads=1, width=64, dtype=jnp.bfloat16)
     static = dict(activation=(name,), scale=0.3, post_scale=1.0)
-    tiles = ForwardTiles(kv_block=64, kv_slots=1, q_slots=1, resident=True)
+    tiles = ForwardTiles(kv_block=64, k_slots=1, v_slots=1, q_slots=1, resident=True)
     line = make_line(*spans, tiles.tiling)
     out = gdpa_forward(q, k, v, line, **static, tiles=tiles, sms=1, interpret=interpreter.RACES)
     wanted = np.asarray(xla.forward(xla.Static(40, 30, *static.values()), q, k, v, *spans), np.float32)

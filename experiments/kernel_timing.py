@@ -1,0 +1,142 @@
+"""Time compiled calls against the roof of the card; result files and roofline plots of the kernel benchmarks.
+
+Roof = the larger of FLOPs / 728 TFLOP/s and bytes / 2.94 TB/s, both measured on an H100 80GB HBM3 (8192³ bfloat16
+product, device-to-device copy); bytes count every input and output once. FLOPs count the products of the formula only,
+recomputed ones not twice.
+
+Times are of whole calls under jit, schedule tables included: bursts of calls with pauses between them, the time of a
+burst of one call taken off (it holds the host's latency), medians. A GPU under lasting load lowers its clock: expect up
+to a tenth more there.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+PEAK_FLOPS, PEAK_BYTES = 728e12, 2.94e12
+BURST, PAUSE_S = 8, 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call to time.
+
+    operands: builds the arguments, pytrees of arrays; called once per `shape` for neighbouring cases that share it.
+    flops, bytes: what the operator must compute and move; they set the roof. None: no roof is known.
+    """
+
+    shape: str
+    implementation: str
+    direction: str
+    function: Callable[..., Any]
+    operands: Callable[[], tuple]
+    flops: float
+    bytes: float
+
+
+def time_all(cases: list[Case], path: pathlib.Path, *, rounds: int, about: dict) -> list[dict]:
+    """Compile all cases side by side, then time one after another; rewrites `path` after each and returns its rows."""
+    with ThreadPoolExecutor(8) as pool:
+        compiled = list(pool.map(_compile, cases))
+    rows, made = [], (None, None)
+    for case, f in zip(cases, compiled, strict=True):
+        name = f"{case.shape:34s} {case.implementation:12s} {case.direction:8s}"
+        if isinstance(f, Exception):  # one case that can't run must not cost the others
+            print(f"{name} {f!r}"[:400], flush=True)
+            continue
+        if made[0] is not case.operands:
+            made = None, None  # frees the arrays before new ones
+            made = case.operands, case.operands()
+        row = _row(case, _seconds(f, made[1], rounds))
+        rows.append(row)
+        share = f"{row['tflops']:6.1f} TFLOP/s, {100 * row['share_of_roof']:5.1f} % of the roof"
+        print(f"{name} {row['ms']:8.4f} ms {share}", flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dict(about=_about() | about, results=rows), indent=1) + "\n")
+    return rows
+
+
+def _compile(case: Case):
+    try:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(case.operands))
+        return jax.jit(case.function).lower(*shapes).compile()
+    except Exception as error:
+        return error
+
+
+def _seconds(f, operands, rounds: int) -> float:
+    def burst(calls: int) -> float:
+        time.sleep(PAUSE_S)
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = f(*operands)
+        jax.block_until_ready(result)
+        return time.perf_counter() - start
+
+    burst(2)
+    return float(np.median([(burst(BURST) - burst(1)) / (BURST - 1) for _ in range(rounds)]))
+
+
+def _row(case: Case, time_s: float) -> dict:
+    roof_s = max(case.flops / PEAK_FLOPS, case.bytes / PEAK_BYTES)
+    return dict(
+        shape=case.shape,
+        implementation=case.implementation,
+        direction=case.direction,
+        ms=round(time_s * 1e3, 4),
+        tflops=round(case.flops / time_s / 1e12, 1),
+        roof_tflops=round(case.flops / roof_s / 1e12, 1),
+        share_of_roof=round(roof_s / time_s, 3),
+        flops=case.flops,
+        roof_ms=round(roof_s * 1e3, 4),
+    )
+
+
+def _about() -> dict:
+    return dict(
+        command="python " + " ".join(sys.argv),
+        device=jax.devices()[0].device_kind,
+        jax=jax.__version__,
+        peak_tflops=PEAK_FLOPS / 1e12,
+        peak_tb_s=PEAK_BYTES / 1e12,
+        timing=f"medians of (burst of {BURST} calls - one call) / {BURST - 1}, pauses of {PAUSE_S} s",
+    )
+
+
+def plot_roofline(rows: list[dict], path: pathlib.Path, title: str) -> None:
+    """TFLOP/s of every implementation beside the roof of each shape, one panel per direction."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shapes = list(dict.fromkeys(r["shape"] for r in rows))
+    implementations = list(dict.fromkeys(r["implementation"] for r in rows))
+    height = 0.8 / len(implementations)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 1.6 + 0.4 * len(shapes)), sharey=True)
+    for axis, way in zip(axes, ("forward", "backward"), strict=True):
+        of_way = [r for r in rows if r["direction"] == way]
+        for i, implementation in enumerate(implementations):
+            mine = [r for r in of_way if r["implementation"] == implementation]
+            places = [shapes.index(r["shape"]) - 0.4 + (i + 0.5) * height for r in mine]
+            axis.barh(places, [r["tflops"] for r in mine], color=f"C{i}", height=height, label=implementation)
+        for i, shape in enumerate(shapes):
+            roof = next((r["roof_tflops"] for r in of_way if r["shape"] == shape), None)
+            if roof:
+                axis.plot([roof] * 2, [i - 0.45, i + 0.45], color="black", lw=1.5, label="roof" if i == 0 else None)
+        axis.set_yticks(range(len(shapes)), shapes, fontsize=8)
+        axis.set_xlabel("TFLOP/s")
+        axis.set_title(way)
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper right", fontsize=8, ncols=len(implementations) + 1)
+    figure.suptitle(title, fontsize=9, x=0.25)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
