@@ -1,6 +1,5 @@
 """What the attention kernels share inside a kernel."""
 
-import functools
 import math
 
 import jax
@@ -28,7 +27,10 @@ def blocks_of(rows):
 
 
 def hold(*indices):
-    """Scalars the compiler can't move out of the loop: else it computes all wgmma descriptors before and spills them."""
+    """Scalars the compiler can't move out of the loop.
+
+    Else it computes the descriptors of all wgmma operands before the loop and spills them.
+    """
     return lax.optimization_barrier(indices)
 
 
@@ -42,29 +44,47 @@ def blocks_seen(first, rows, others, before: int | None, after: int | None):
     return begin, jnp.maximum(blocks_of(last), begin)
 
 
-def masked(x, fill: float, first, other, others, before: int | None, after: int | None):
-    """Tile [BLOCK, BLOCK] of rows first … and columns other …, with `fill` where they don't meet.
-
-    Columns from `others` on are outside the sample. Tiles that need no mask branch around it.
-    """
-    column = functools.partial(plgpu.broadcasted_iota, jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)
-    row = functools.partial(plgpu.broadcasted_iota, jnp.int32, x.shape, 0, layout=plgpu.Layout.WGMMA)
+def inside(first, other, others, before: int | None, after: int | None):
+    """Do all rows first … and columns other … of a tile [BLOCK, BLOCK] meet?"""
+    whole = others - other >= BLOCK
     if before is not None:
-        lowest = first - before - other  # for the first row
+        whole &= other >= first - before + (BLOCK - 1)
+    if after is not None:
+        whole &= other <= first + after - (BLOCK - 1)
+    return whole
 
-        def mask_before(x):
-            return jnp.where(column() >= row() + lowest, x, fill)
 
-        x = lax.cond(lowest + (BLOCK - 1) > 0, mask_before, lambda x: x, x)
-    end = others - other
-    if after is None:
-        return lax.cond(end < BLOCK, lambda x: jnp.where(column() < end, x, fill), lambda x: x, x)
-    highest = first + after - other  # for the first row
+def mask(x, fill: float, first, other, others, before: int | None, after: int | None, column: int = 0):
+    """Columns column … of a tile of rows first … and columns other …, with `fill` where they don't meet.
 
-    def mask_after(x):
-        return jnp.where((column() <= row() + highest) & (column() < end), x, fill)
+    Columns from `others` on are outside the sample.
+    """
+    columns = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)
+    rows = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=plgpu.Layout.WGMMA)
+    seen = columns < others - other - column
+    if before is not None:
+        seen &= columns >= rows + (first - before - other - column)
+    if after is not None:
+        seen &= columns <= rows + (first + after - other - column)
+    return jnp.where(seen, x, fill)
 
-    return lax.cond(jnp.minimum(highest, end - 1) < BLOCK - 1, mask_after, lambda x: x, x)
+
+def masked(x, fill: float, first, other, others, before: int | None, after: int | None):
+    """`mask` of a whole tile; tiles that need none branch around it."""
+    span = first, other, others, before, after
+    return lax.cond(inside(*span), lambda x: x, lambda x: mask(x, fill, *span), x)
+
+
+SLICE = 8  # columns of an accumulator that lie in the same registers of all threads
+
+
+def slices(*tiles):
+    """(column, the tiles' SLICE columns from there) one after the other.
+
+    An operation on a whole tile keeps each intermediate of all its elements in registers.
+    """
+    for column in range(0, tiles[0].shape[1], SLICE):
+        yield column, *(x[:, column : column + SLICE] for x in tiles)
 
 
 def rows_of(x, like, axis: int = 0):
@@ -134,6 +154,18 @@ def drain(count, slots: int, *barriers):
             plgpu.barrier_wait(barrier(modulo(n, slots)))
 
     lax.fori_loop(jnp.maximum(count - slots, 0), count, wait, None)
+
+
+def over_tiles(walk, item_of, body, carry):
+    """body(item, head, carry) for each place of a walk."""
+
+    def step(state):
+        position, carry = state
+        place = walk.read(position)
+        carry = body(item_of(place), place.head, carry)
+        return walk.next(position), carry
+
+    return lax.while_loop(lambda state: walk.more(state[0]), step, (walk.first(), carry))[1]
 
 
 def turns(total, worker, workers: int):

@@ -22,27 +22,27 @@ from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_store  # no 
 from pallas_kernels import hopper
 from pallas_kernels.attention import common
 from pallas_kernels.attention.tables import BLOCK
-from pallas_kernels.gdpa.schedule import dealt, dealt_item
 
+COMPUTE_REGISTERS, MEMORY_REGISTERS = {2: 240, 3: 160}, {2: 24, 3: 32}  # by warpgroups that compute
 LOWEST = -1e30  # a running maximum that any score exceeds; finite, so that nothing becomes ∞ - ∞
 
 
-def attention_forward(work, tables, q, k, v, *, scale: float, sms: int, interpret=None):
+def attention_forward(work, tables, q, k, v, *, warpgroups: int, scale: float, sms: int, interpret=None):
     """(out, statistics): statistics [H, ...] float32 hold log2 Σ exp2(log2(e) · scale · q·k) of every query row.
 
-    work: which rows meet, see `work.py`; tables: what `work` reads.
+    work: which rows meet, see `work.py`; tables: what `work` reads. warpgroups: how many compute, 2 or 3.
     """
     panels = q.shape[2] // hopper.PANEL
     return common.persistent(
-        functools.partial(_kernel, work=work, scale=scale, sms=sms, interpret=interpret),
+        functools.partial(_kernel, work=work, warpgroups=warpgroups, scale=scale, sms=sms, interpret=interpret),
         name="attention_forward",
         out_type=[
             jax.ShapeDtypeStruct((work.out_rows, *q.shape[1:]), q.dtype),
             jax.ShapeDtypeStruct((q.shape[1], work.statistics_rows), jnp.float32),
         ],
-        scratch=forward_scratch(q.dtype, panels, work.warpgroups, interpret=interpret),
+        scratch=forward_scratch(q.dtype, panels, warpgroups, interpret=interpret),
         sms=sms,
-        threads=work.warpgroups + 1,
+        threads=warpgroups + 1,
         interpret=interpret,
         operands=(*tables, q, k, v),
     )
@@ -80,6 +80,7 @@ def _kernel(
     v_empty,
     tail_full,
     work,
+    warpgroups,
     scale,
     sms,
     interpret,
@@ -88,30 +89,27 @@ def _kernel(
     tables = work.tables(*tables)
     heads, width = q_gmem.shape[1:]
     group, panels, dtype = heads // k_gmem.shape[1], width // hopper.PANEL, q_gmem.dtype
-    warpgroups, kv_slots = work.warpgroups, k_full.shape[0]
+    kv_slots = k_full.shape[0]
     q_slots = q_full.shape[0] // warpgroups
     (q_tma, q_mma), (k_tma, k_mma), (v_tma, v_mma) = (
         hopper.row_views(x, interpret=interpret) for x in (q_smem, k_smem, v_smem)
     )
     to_log2 = scale * common.LOG2E
     sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
-    my_items = dealt(work.count(tables) * heads, sms, sm)
     zero = jnp.int32(0)
 
-    def read_item(turn):
-        """(item, head)"""
-        index = dealt_item(turn, sms, sm)
-        return work.item(tables, lax.div(index, jnp.int32(heads))), lax.rem(index, jnp.int32(heads))
+    def over_tiles(body, carry):
+        walk = work.walk(tables, sm, heads=heads, sms=sms, warpgroups=warpgroups)
+        return common.over_tiles(walk, lambda place: work.item(place, warpgroups), body, carry)
 
     def blocks_seen(item, first, rows):
         return common.blocks_seen(item.position + first, rows, item.kv_rows, work.left, work.right)
 
     def memory():
-        plgpu.set_max_registers(work.memory_registers, action="decrease")
+        plgpu.set_max_registers(MEMORY_REGISTERS[warpgroups], action="decrease")
 
-        def load_item(turn, counters):
+        def load_item(item, head, counters):
             *q_counts, kv_count = counters
-            item, head = read_item(turn)
             for w in range(warpgroups):
                 slot, live = common.modulo(q_counts[w], q_slots), item.rows > w * BLOCK
 
@@ -148,7 +146,7 @@ def _kernel(
 
             return *q_counts, lax.fori_loop(begin, end, load, kv_count)
 
-        *q_counts, kv_count = lax.fori_loop(0, my_items, load_item, (zero,) * (warpgroups + 1))
+        *q_counts, kv_count = over_tiles(load_item, (zero,) * (warpgroups + 1))
         gaps = common.GapFiller(work.gaps, lambda i: work.gap(tables, i), sm, sms)
         for w, n in enumerate(q_counts):
             common.drain(n, q_slots, lambda slot, w=w: q_empty.at[slot * warpgroups + w])
@@ -156,11 +154,10 @@ def _kernel(
         gaps.fill(k_mma.at[0, 0], k_tma.at[0, 0], out_gmem)
 
     def compute():
-        plgpu.set_max_registers(work.compute_registers, action="increase")
+        plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
 
-        def attend(turn, carry):
-            item, head, q_count, kv_count = carry
-            item_next, head_next = read_item(jnp.minimum(turn + 1, my_items - 1))
+        def attend(item, head, counters):
+            q_count, kv_count = counters
             begin, end = blocks_seen(item, 0, item.rows)
             first = warpgroup * BLOCK
             rows = jnp.clip(item.rows - first, 0, BLOCK)
@@ -230,12 +227,9 @@ def _kernel(
                 lax.fori_loop(begin, end, pass_over, None)
 
             lax.cond(rows > 0, active, idle)
-            return item_next, head_next, q_count + (rows > 0).astype(jnp.int32), kv_count + end - begin
+            return q_count + (rows > 0).astype(jnp.int32), kv_count + end - begin
 
-        @pl.when(my_items > 0)
-        def _():
-            lax.fori_loop(0, my_items, attend, (*read_item(zero), zero, zero))
-
+        over_tiles(attend, (zero, zero))
         plgpu.wait_smem_to_gmem(0)
 
     lax.cond(warpgroup < warpgroups, compute, memory)

@@ -1,6 +1,7 @@
 """What the kernels work on: which rows meet, where they lie, and how warpgroups share a block of the grid.
 
-A work is a static argument of a kernel. `item` reads the tables inside the kernel.
+A work is a static argument of a kernel. Its `walk` goes through the tiles of one block of the grid, in the kernel;
+`item` says what a place of the walk means.
 """
 
 from dataclasses import dataclass
@@ -9,11 +10,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.attention import tables
-from pallas_kernels.attention.tables import BLOCK
+from pallas_kernels.attention.tables import BLOCK, DealtWalk, RangeWalk
 
 
 class Item(NamedTuple):
-    """A tile of rows that stays, and the rows of its sample that pass by. Traced scalars."""
+    """A tile of queries that stays, and the keys of its sample that pass by. Traced scalars."""
 
     q_row: Any  # first query row of the tile
     out_row: Any  # where the result goes
@@ -44,22 +45,9 @@ class Window:
     samples: int
     left: int | None
     right: int | None
-    warpgroups: int
 
-    tables = tables.Tables
-
-    @property
-    def size(self) -> int:
-        """Rows of a tile."""
-        return self.warpgroups * BLOCK
-
-    @property
-    def compute_registers(self) -> int:
-        return {2: 240, 3: 160}[self.warpgroups]
-
-    @property
-    def memory_registers(self) -> int:
-        return {2: 24, 3: 32}[self.warpgroups]
+    tables = tables.Ranges
+    splits = 0  # every query row belongs to one sample
 
     @property
     def out_rows(self) -> int:
@@ -76,18 +64,89 @@ class Window:
     def gap(self, refs, index):
         return tables.read_gap(refs, index, self.rows)
 
-    def count(self, refs):
-        return tables.tile_count(refs)
+    def walk(self, refs, sm, *, heads: int, sms: int, warpgroups: int) -> RangeWalk:
+        return RangeWalk(refs, sm, heads=heads, sms=sms, blocks=warpgroups)
 
-    def item(self, refs, index) -> Item:
-        tile = tables.read_tile(refs, index)
-        row = tile.start + tile.offset
-        rows = jnp.minimum(tile.length - tile.offset, self.size)
-        return Item(row, row, rows, tile.start, tile.length, tile.offset, tile.extra + tile.offset)
+    def item(self, place, warpgroups: int) -> Item:
+        offset = place.block * BLOCK
+        row = place.start + offset
+        rows = jnp.minimum(place.length - offset, place.blocks * BLOCK)
+        return Item(row, row, rows, place.start, place.length, offset, (place.before + place.block) * BLOCK)
 
-    kv_gaps, kv_gap, kv_count = gaps, gap, count
+    kv_gaps, kv_gap, kv_walk = gaps, gap, walk
 
-    def kv_item(self, refs, index) -> KvItem:
-        tile = tables.read_tile(refs, index)
-        rows = jnp.minimum(tile.length - tile.offset, self.size)
-        return KvItem(tile.start + tile.offset, rows, tile.start, tile.start, tile.length, tile.offset, tile.extra)
+    def kv_item(self, place) -> KvItem:
+        item = self.item(place, 0)
+        start = place.start
+        return KvItem(item.q_row, item.rows, start, start, place.length, item.position, place.before * BLOCK)
+
+
+@dataclass(frozen=True)
+class SeedQueries:
+    """All samples have the same queries, which meet all keys of a sample: what the query-stationary kernels work on."""
+
+    seeds: int
+    samples: int
+    splits: int = 0  # of the samples, for the sum over them
+
+    tables = tables.Samples
+    left = right = None
+
+    def tiles(self, warpgroups: int) -> int:
+        """Tiles of one sample's queries."""
+        return -(-self.seeds // (warpgroups * BLOCK))
+
+    @property
+    def out_rows(self) -> int:
+        return self.samples * self.seeds
+
+    @property
+    def padded(self) -> int:
+        """Statistics rows of one sample."""
+        return -(-self.seeds // BLOCK) * BLOCK
+
+    @property
+    def statistics_rows(self) -> int:
+        return self.samples * self.padded
+
+    @property
+    def gaps(self) -> int:
+        return self.samples + 1
+
+    def gap(self, refs, index):
+        """Empty samples; nothing lies behind the last one."""
+        empty = refs.lengths[jnp.minimum(index, self.samples - 1)] == 0
+        return index * self.seeds, jnp.where((index < self.samples) & empty, self.seeds, 0)
+
+    def walk(self, refs, sm, *, heads: int, sms: int, warpgroups: int) -> DealtWalk:
+        return DealtWalk(refs, sm, heads=heads, tiles=self.tiles(warpgroups), workers=sms)
+
+    def split_walk(self, refs, split, head, tile) -> DealtWalk:
+        """The samples of one split, for one tile of queries and one head."""
+        return DealtWalk(refs, split, heads=1, tiles=1, workers=self.splits, fixed=(head, tile))
+
+    def item(self, place, warpgroups: int) -> Item:
+        first = place.tile * (warpgroups * BLOCK)
+        rows = jnp.minimum(self.seeds - first, warpgroups * BLOCK)
+        out_row, statistics = place.sample * self.seeds + first, place.sample * self.padded + first
+        return Item(first, out_row, rows, place.start, place.length, jnp.int32(0), statistics)
+
+
+@dataclass(frozen=True)
+class SeedKeys:
+    """All samples have the same queries, which meet all keys of a sample: what the key-stationary kernel works on."""
+
+    seeds: int
+    samples: int
+    rows: int
+
+    tables = tables.Ranges
+    left = right = None
+    kv_gaps, kv_gap, kv_walk = Window.gaps, Window.gap, Window.walk
+
+    def kv_item(self, place) -> KvItem:
+        offset = place.block * BLOCK
+        rows = jnp.minimum(place.length - offset, place.blocks * BLOCK)
+        out_row, padded = place.sample * self.seeds, -(-self.seeds // BLOCK) * BLOCK
+        zero = jnp.int32(0)
+        return KvItem(place.start + offset, rows, zero, out_row, self.seeds, zero, place.sample * padded)

@@ -4,7 +4,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.arguments import check_float, check_heads, check_scale, check_spans
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.seed_attention import reference, xla
+from pallas_kernels.seed_attention import mosaic, reference, xla
 
 NAME = "seed_attention"
 
@@ -14,6 +14,7 @@ def _supported(*args, **kwargs) -> None:
 
 
 IMPLEMENTATIONS = (
+    Implementation("mosaic_gpu", mosaic.mosaic_gpu, mosaic.unsupported),
     Implementation("xla", xla.seed_attention, _supported),
     Implementation("reference", reference.seed_attention, _supported, by_default=False),
 )
@@ -41,11 +42,13 @@ def seed_attention(
       seeds, k, v: one dtype; H is a multiple of Hkv, and query heads h · H/Hkv ... share key head h.
       max_length: static bound on the lengths, by default N.
       scale: static factor of the scores, by default D ** -0.5.
-      implementation: "xla" or "reference"; None takes the fastest that supports the call.
+      implementation: "mosaic_gpu" (Hopper, bfloat16 and float16, D 64 and 128), "xla" or "reference"; None takes the
+        first that supports the call and warns about what it passed over.
 
     Raises:
       ValueError: shapes, dtypes, head counts, scale or max_length that don't fit; where starts and lengths are
         concrete, spans beyond the array, longer than max_length or overlapping; an unknown implementation.
+      NotImplementedError: the named implementation can't run this call.
     """
     check_heads(NAME, "seeds", seeds, k, v)
     check_float(NAME, seeds=seeds, k=k, v=v)

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import hopper
-from pallas_kernels.attention import backward
+from pallas_kernels.attention.backward_kv import attention_dkv
+from pallas_kernels.attention.backward_q import attention_dq
 from pallas_kernels.attention.forward import attention_forward
-from pallas_kernels.attention.tables import window_tables
+from pallas_kernels.attention.tables import ranges, window_reach
 from pallas_kernels.attention.work import Window
 from pallas_kernels.jagged import vary_together
 
@@ -65,8 +66,13 @@ def mosaic_gpu(
     return _attention(static, *vary_together(q, k, v, starts, lengths))
 
 
-def _work(static: Static, q, starts, warpgroups: int) -> Window:
-    return Window(q.shape[0], starts.shape[0], static.left, static.right, warpgroups)
+def _work(static: Static, q, starts) -> Window:
+    return Window(q.shape[0], starts.shape[0], static.left, static.right)
+
+
+def _ranges(static: Static, q, starts, lengths, heads: int):
+    reach = window_reach(static.left, static.right)
+    return ranges(starts, lengths, rows=q.shape[0], heads=heads, reach=reach, sms=static.sms)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -75,21 +81,19 @@ def _attention(static: Static, *operands):
 
 
 def _forward(static: Static, q, k, v, starts, lengths):
-    work = _work(static, q, starts, FORWARD_WARPGROUPS)
-    tables = window_tables(starts, lengths, rows=q.shape[0], size=work.size)
-    run = dict(scale=static.scale, sms=static.sms, interpret=static.interpret)
-    out, statistics = vary_together(*attention_forward(work, tables, q, k, v, **run), q)[:2]
+    tables = _ranges(static, q, starts, lengths, q.shape[1])
+    run = dict(warpgroups=FORWARD_WARPGROUPS, scale=static.scale, sms=static.sms, interpret=static.interpret)
+    out, statistics = vary_together(*attention_forward(_work(static, q, starts), tables, q, k, v, **run), q)[:2]
     return out, (q, k, v, starts, lengths, out, statistics)
 
 
 def _backward(static: Static, residuals, dout):
     q, k, v, starts, lengths, out, statistics = residuals
-    dout = dout.astype(q.dtype)
-    work = _work(static, q, starts, backward.WARPGROUPS)
-    tables = window_tables(starts, lengths, rows=q.shape[0], size=work.size)
+    dout, work = dout.astype(q.dtype), _work(static, q, starts)
+    by_query, by_key = (_ranges(static, q, starts, lengths, x.shape[1]) for x in (q, k))
     run = dict(scale=static.scale, sms=static.sms, interpret=static.interpret)
-    dq, delta = backward.attention_dq(work, tables, q, k, v, out, dout, statistics, **run)
-    dk, dv = backward.attention_dkv(work, tables, q, k, v, dout, statistics, delta, **run)
+    dq, delta = attention_dq(work, by_query, q, k, v, out, dout, statistics, **run)
+    dk, dv = attention_dkv(work, by_key, q, k, v, dout, statistics, delta, **run)
     return *vary_together(dq, dk, dv, q)[:3], None, None
 
 

@@ -1,0 +1,243 @@
+"""The gradients of keys and values in softmax attention, for Hopper; see `backward_q` for the other half.
+
+Warpgroups hold 64 keys each, and the queries of all heads that read them pass by, so the sum over a group of heads has
+a fixed order and no partial sum leaves a register: each gradient row is written once, in its final form.
+
+Numerics: scores, probabilities and sums in float32; probabilities and score gradients are rounded to the operands'
+dtype before their products. Deterministic: two runs give the same bits.
+"""
+
+import functools
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import hopper
+from pallas_kernels.attention import common
+from pallas_kernels.attention.backward_q import (
+    COMPUTE_REGISTERS,
+    FIXED_SLOTS,
+    MEMORY_REGISTERS,
+    WARPGROUPS,
+    stream_slots,
+)
+from pallas_kernels.attention.tables import BLOCK
+
+
+def attention_dkv(work, tables, q, k, v, dout, statistics, delta, *, scale: float, sms: int, interpret=None):
+    """(dk, dv)."""
+    return common.persistent(
+        functools.partial(_dkv, work=work, scale=scale, sms=sms, interpret=interpret),
+        name="attention_dkv",
+        out_type=[common.like(k), common.like(v)],
+        scratch=dkv_scratch(q.dtype, q.shape[2] // hopper.PANEL, interpret=interpret),
+        sms=sms,
+        threads=WARPGROUPS + 1,
+        interpret=interpret,
+        operands=(*tables, q, k, v, dout, statistics, delta),
+    )
+
+
+def dkv_scratch(dtype, panels: int, *, interpret) -> dict:
+    buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
+    slots, tile = stream_slots(panels), (2, panels, BLOCK, hopper.PANEL)
+    return dict(
+        held_smem=buffer((FIXED_SLOTS, WARPGROUPS, *tile)),  # k, v
+        passing_smem=buffer((slots, *tile)),  # q, dout
+        statistics_smem=plgpu.SMEM((slots, 2, BLOCK), jnp.float32),  # statistics, delta
+        held_full=plgpu.Barrier(num_arrivals=2 * panels, num_barriers=FIXED_SLOTS * WARPGROUPS),
+        held_empty=plgpu.Barrier(num_arrivals=1, num_barriers=FIXED_SLOTS * WARPGROUPS),
+        full=plgpu.Barrier(num_arrivals=2 * panels + 2, num_barriers=slots),
+        empty=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=slots),
+        tail_full=plgpu.Barrier(num_arrivals=common.tail_arrivals(panels)),
+    )
+
+
+def _dkv(
+    *refs,
+    held_smem,
+    passing_smem,
+    statistics_smem,
+    held_full,
+    held_empty,
+    full,
+    empty,
+    tail_full,
+    work,
+    scale,
+    sms,
+    interpret,
+):
+    *tables, q_gmem, k_gmem, v_gmem, dout_gmem, statistics_gmem, delta_gmem, dk_gmem, dv_gmem = refs
+    tables = work.tables(*tables)
+    kv_heads, width = k_gmem.shape[1:]
+    group, panels, dtype = q_gmem.shape[1] // kv_heads, width // hopper.PANEL, q_gmem.dtype
+    slots = full.shape[0]
+    (held_tma, held_mma), (passing_tma, passing_mma) = (
+        hopper.row_views(x, interpret=interpret) for x in (held_smem, passing_smem)
+    )
+    to_log2 = scale * common.LOG2E
+    sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
+    zero = jnp.int32(0)
+
+    def over_tiles(body, carry):
+        walk = work.kv_walk(tables, sm, heads=kv_heads, sms=sms, warpgroups=WARPGROUPS)
+        return common.over_tiles(walk, work.kv_item, body, carry)
+
+    def blocks_seen(item, first, rows):
+        return common.blocks_seen(item.position + first, rows, item.q_rows, work.right, work.left)
+
+    def memory():
+        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+
+        def load_item(item, kv_head, counters):
+            *held_counts, count = counters
+            for w in range(WARPGROUPS):
+                slot, live = common.modulo(held_counts[w], FIXED_SLOTS), item.rows > w * BLOCK
+
+                @pl.when(live)
+                def _(w=w, slot=slot):
+                    barrier = slot * WARPGROUPS + w
+
+                    @pl.when(held_counts[w] >= FIXED_SLOTS)
+                    def _():
+                        plgpu.barrier_wait(held_empty.at[barrier])
+
+                    for i, source in enumerate((k_gmem, v_gmem)):
+                        target, row = held_tma.at[slot, w, i], item.kv_row + w * BLOCK
+                        common.load_rows(source, target, row, kv_head, held_full.at[barrier])
+
+                held_counts[w] += live.astype(jnp.int32)
+            begin, end = blocks_seen(item, 0, item.rows)
+
+            def load_head(g, count):
+                head = kv_head * group + g
+
+                def load(j, n):
+                    slot, first = common.modulo(n, slots), j * BLOCK
+
+                    @pl.when(n >= slots)
+                    def _():
+                        plgpu.barrier_wait(empty.at[slot])
+
+                    at = head, pl.ds(item.statistics + first, BLOCK)
+                    for i, source in enumerate((statistics_gmem, delta_gmem)):
+                        plgpu.copy_gmem_to_smem(source.at[at], statistics_smem.at[slot, i], full.at[slot])
+                    left = item.q_rows - first
+                    for i, (source, row) in enumerate(((q_gmem, item.q_row), (dout_gmem, item.out_row))):
+                        target = passing_tma.at[slot, i]
+                        common.load_block(source, target, row + first, left, head, full.at[slot], tail_full)
+                    return n + 1
+
+                return lax.fori_loop(begin, end, load, count)
+
+            return *held_counts, lax.fori_loop(0, group, load_head, count)
+
+        *held_counts, count = over_tiles(load_item, (zero,) * (WARPGROUPS + 1))
+        gaps = common.GapFiller(work.kv_gaps, lambda i: work.kv_gap(tables, i), sm, sms)
+        for w, n in enumerate(held_counts):
+            common.drain(n, FIXED_SLOTS, lambda slot, w=w: held_empty.at[slot * WARPGROUPS + w])
+        common.drain(count, slots, lambda slot: empty.at[slot])
+        gaps.fill(passing_mma.at[0, 0, 0], passing_tma.at[0, 0, 0], dk_gmem, dv_gmem)
+
+    def compute():
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+
+        def item_body(item, kv_head, counters):
+            held_count, count = counters
+            begin, end = blocks_seen(item, 0, item.rows)
+            first = warpgroup * BLOCK
+            rows = jnp.clip(item.rows - first, 0, BLOCK)
+            count_end = count + (end - begin) * group
+
+            def pass_over(n, _):
+                slot = common.modulo(n, slots)
+                plgpu.barrier_wait(full.at[slot])
+                plgpu.barrier_arrive(empty.at[slot])
+
+            def active():
+                held_slot = common.modulo(held_count, FIXED_SLOTS)
+                barrier = held_slot * WARPGROUPS + warpgroup
+                mine_begin, mine_end = blocks_seen(item, first, rows)
+                position = item.position + first
+                plgpu.barrier_wait(held_full.at[barrier])
+
+                def all_blocks(dk_acc, dv_acc):
+                    def one_head(g, _):
+                        count_queries = count + g * (end - begin) - begin  # of query block 0
+                        lax.fori_loop(count_queries + begin, count_queries + mine_begin, pass_over, None)
+
+                        def step(j, _):
+                            slot, w, at = common.hold(common.modulo(count_queries + j, slots), warpgroup, held_slot)
+                            plgpu.barrier_wait(full.at[slot])
+
+                            def statistic(which, column, like):
+                                """The queries' statistics or deltas, spread over a few columns."""
+                                part = statistics_smem.at[slot, which, pl.ds(column, common.SLICE)]
+                                return common.rows_of(plgpu.load(part, layout=common.COLUMN), like, 1)
+
+                            def score_gradients(s_acc, dp_acc):
+                                for acc, i in ((s_acc, 0), (dp_acc, 1)):
+                                    for p in range(panels):
+                                        queries = passing_mma.at[slot, i, p].transpose((1, 0))
+                                        plgpu.wgmma(acc, held_mma.at[at, w, i, p], queries)
+                                s = plgpu.wgmma_accumulator_load(s_acc, wait_n=panels)  # dP is still running
+                                span = position, j * BLOCK, item.q_rows, work.right, work.left
+
+                                def weigh(s, masked):
+                                    parts = []
+                                    for column, part in common.slices(s):
+                                        part = jnp.exp2(part * to_log2 - statistic(0, column, part))
+                                        parts.append(common.mask(part, 0.0, *span, column) if masked else part)
+                                    return lax.concatenate(parts, 1)
+
+                                whole, cut = (functools.partial(weigh, masked=masked) for masked in (False, True))
+                                p = lax.cond(common.inside(*span), whole, cut, s)
+                                narrow = p.astype(dtype)
+                                for i in range(panels):
+                                    acc = common.acc_panel(dv_acc, i, panels)
+                                    plgpu.wgmma(acc, narrow, passing_mma.at[slot, 1, i])
+                                dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=panels)  # dV is still running
+                                parts = [
+                                    (part * (dp_part - statistic(1, column, part))).astype(dtype)
+                                    for column, part, dp_part in common.slices(p, dp)
+                                ]
+                                plgpu.commit_smem()  # these reads come before the copy that overwrites them
+                                return lax.concatenate(parts, 1)
+
+                            square = plgpu.ACC((BLOCK, BLOCK), jnp.float32)
+                            ds = pl.run_scoped(score_gradients, square, square)
+                            for i in range(panels):
+                                acc = common.acc_panel(dk_acc, i, panels)
+                                plgpu.wgmma(acc, ds, passing_mma.at[slot, 0, i])
+                            plgpu.wgmma_wait(0)
+                            plgpu.barrier_arrive(empty.at[slot])
+
+                        lax.fori_loop(mine_begin, mine_end, step, None)
+                        lax.fori_loop(count_queries + mine_end, count_queries + end, pass_over, None)
+
+                    one_head(0, None) if group == 1 else lax.fori_loop(0, group, one_head, None)
+                    return dk_acc[...], dv_acc[...]
+
+                acc = plgpu.ACC((BLOCK, width), jnp.float32)
+                dk, dv = pl.run_scoped(all_blocks, acc, acc)
+                # This warpgroup alone reads these keys and values: they make room for their gradients.
+                for i, (value, target) in enumerate(((dk * scale, dk_gmem), (dv, dv_gmem))):
+                    staging = held_tma.at[held_slot, warpgroup, i]
+                    common.stage(value, staging)
+                    common.store_block(staging, target, item.kv_row + first, kv_head, rows)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(held_empty.at[barrier])
+
+            def idle():
+                lax.fori_loop(count, count_end, pass_over, None)
+
+            lax.cond(rows > 0, active, idle)
+            return held_count + (rows > 0).astype(jnp.int32), count_end
+
+        over_tiles(item_body, (zero, zero))
+        plgpu.wait_smem_to_gmem(0)
+
+    lax.cond(warpgroup < WARPGROUPS, compute, memory)
