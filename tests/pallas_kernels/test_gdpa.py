@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import SlowerPathWarning, gdpa, gdpa_block
-from pallas_kernels.gdpa import block, reference, xla
+from pallas_kernels.gdpa import api, block, reference, xla
 from pallas_kernels.gdpa.activations import ACTIVATIONS, kernel_activation
 
 NAMES = ("q", "k", "v")
@@ -213,6 +213,21 @@ def test_shard_map_with_local_starts():
     alone = [compiled(gdpa, "xla", "gelu_tanh", 1.0, 1.0)(*o, s) for o, s in members]
     for name, x in zip(NAMES, got, strict=True):
         np.testing.assert_allclose(x, np.concatenate([a[name] for a in alone]), rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_shared_keys_are_found_where_the_spans_are_known(monkeypatch):
+    """Inside jit the caller says so: the kernels' backward gives every key to one sample."""
+    said = []
+    monkeypatch.setattr(api, "dispatch", lambda *args, shared_keys, **static: said.append(shared_keys))
+
+    def f(spans, **more):
+        gdpa(*batch(0)[0][:3], **spans, max_q_length=LONGEST, max_kv_length=KV_LONGEST, **more)
+
+    for shared in (False, True):
+        f(batch(0, shared_keys=shared)[1])
+        jax.jit(lambda spans: f(spans))(batch(0, shared_keys=shared)[1])
+        jax.jit(lambda spans: f(spans, shared_keys=True))(batch(0, shared_keys=shared)[1])
+    assert said == [False, False, True, True, False, True]
 
 
 def pulled_back(f, q, k, v, do):
