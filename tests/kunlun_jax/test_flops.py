@@ -11,16 +11,26 @@ from batches import random_embedded, small_schema
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from kunlun_jax.config import EventConfig, KunlunConfig
 from kunlun_jax.flops import (
     PEAK_FLOPS,
     keys_in_window,
     kunlun_flops,
     mfu,
+    model_flops,
+    scale_to,
     sequence_share,
     total,
     training_flops,
 )
+from kunlun_jax.model_configs import (
+    DCNv2Config,
+    DINConfig,
+    EventConfig,
+    InterFormerConfig,
+    KunlunConfig,
+    WukongConfig,
+)
+from kunlun_jax.models import build as build_model
 from kunlun_jax.models.kunlun import Kunlun
 from kunlun_jax.schema import EventType, FeatureSchema, SparseField, Table
 
@@ -104,6 +114,88 @@ def test_formulas_are_the_products_of_the_traced_model(switch):
     config = dataclasses.replace(CONFIG, **SWITCHES[switch])
     expected = 3 * total(kunlun_flops(config, SCHEMA, {"click": T, "view": T})) + per_batch(config)
     assert model_products(config, SCHEMA, 3) == expected
+
+
+INTERFORMER = InterFormerConfig(
+    width=8, head_width=4, depth=2, n_sum=3, hidden=10, cross_rank=5, head_hidden=(7,), implementation="reference"
+)
+WUKONG = WukongConfig(
+    width=6, depth=3, factorised=3, compressed=4, rank=2, attentive_tokens=2, hidden=(9, 5), head_hidden=(7,)
+)
+BASELINES = {
+    "interformer": INTERFORMER,
+    **{
+        f"interformer, {change}": dataclasses.replace(INTERFORMER, **change)
+        for change in (
+            {"flow": "n2s"}, {"flow": "s2n"}, {"flow": "sep"}, {"flow": "sole"}, {"cls": False}, {"pma": 0},
+            {"recent": 0}, {"gating": False}, {"pffn": "shared"}, {"interactions": ("dot",)},
+            {"interactions": ("cross",)},
+        )
+    },
+    "wukong": WUKONG,
+    **{
+        f"wukong, {change}": dataclasses.replace(WUKONG, **change)
+        for change in (
+            {"machine": "plain"}, {"machine": "attentive"}, {"factorised": 0}, {"compressed": 0}, {"residual": False},
+            {"field_embeddings": {"item": 2}, "field_groups": ("tags+seller",)},
+        )
+    },
+    "din": DINConfig(width=6, attention_hidden=(5, 3), hidden=(9, 7)),
+    "dcnv2": DCNv2Config(width=6, cross_rank=3, hidden=(9, 7)),
+    "dcnv2, whole weights": DCNv2Config(width=6, cross_rank=0, hidden=(9,)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_formulas_are_the_products_of_the_traced_model(name):
+    config = BASELINES[name]
+    model = nnx.eval_shape(lambda: build_model(config, SCHEMA, rngs=nnx.Rngs(0)))
+    expected = 3 * total(model_flops(config, SCHEMA, {"click": T, "view": T}))
+    if isinstance(config, InterFormerConfig) and config.flow != "sole":  # the query projections of the shared seeds
+        summaries = len(SCHEMA.events) * (1 + config.depth * config.tells_set)
+        expected += summaries * 2 * config.pma * config.width**2
+    assert products(model, full_batch(SCHEMA, 3)) == expected
+
+
+@pytest.mark.parametrize("name", ["interformer", "wukong", "din", "dcnv2"])
+def test_recipes_grow_and_reach_a_target(name):
+    lengths = {"click": 4, "view": 6}
+    start = BASELINES[name]
+    sizes = [total(model_flops(size, SCHEMA, lengths)) for size in start.recipe()]
+    target = 0.5 * (sizes[3] + sizes[-1]) if name != "interformer" else sizes[40]
+    scaled = scale_to(start, SCHEMA, lengths, target, tolerance=0.15)
+    assert total(model_flops(scaled, SCHEMA, lengths)) == pytest.approx(target, rel=0.15)
+    kind = type(start).__name__
+    with pytest.raises(
+        ValueError, match=rf"{kind}: no size of the recipe has 1e\+15 FLOPs per sample within 5%; the nearest"
+    ):
+        scale_to(start, SCHEMA, lengths, 1e15)
+    with pytest.raises(ValueError, match="target: must be positive, got 0"):
+        scale_to(start, SCHEMA, lengths, 0)
+
+
+def test_wukongs_recipe_deepens_first_then_widens_all_together():
+    sizes = list(WUKONG.recipe())
+    assert [s.depth for s in sizes[:4]] == [1, 2, 3, 4]
+    assert {s.depth for s in sizes[4:]} == {4}
+    assert (8, 6, 4, (18, 10)) in [(s.compressed, s.factorised, s.rank, s.hidden) for s in sizes]  # all of them twice
+
+
+def test_kunluns_recipe_deepens_widens_then_adds_generated_keys_and_experts():
+    config = dataclasses.replace(CONFIG, events={k: dataclasses.replace(e, depth=3) for k, e in CONFIG.events.items()})
+    sizes = list(config.recipe())
+    order = [(s.depth, s.width, s.generated, s.experts) for s in sizes]
+    assert order == sorted(order)
+    assert [s.depth for s in sizes[:3]] == [1, 3, 5]
+    assert all(e.head_width == config.events[n].head_width for s in sizes for n, e in s.events.items())
+    assert sizes[-1].experts == 4 * config.experts
+
+
+def test_only_kunlun_counts_shared_requests():
+    with pytest.raises(
+        ValueError, match="candidates: only Kunlun's count knows shared requests, got 2 for WukongConfig"
+    ):
+        model_flops(WUKONG, SCHEMA, {"click": T, "view": T}, candidates=2)
 
 
 @pytest.mark.filterwarnings("ignore:.*has nothing to compute")

@@ -22,7 +22,11 @@ from kunlun_jax.jagged import (
     over_shards,
     pack,
     positions,
+    prepend,
     span_index,
+    spread,
+    sum_over_samples,
+    take_places,
     to_padded,
     token_samples,
     unpack,
@@ -98,6 +102,47 @@ def test_padding_and_packing_are_inverse_and_let_nothing_in_from_outside(layout)
     cotangent = np.random.default_rng(0).normal(size=(B, T, 2)).astype(np.float32)
     gradient = jax.jit(jax.grad(lambda v: jnp.vdot(to_padded(sequence.with_values(v))[0], cotangent)))(values)
     np.testing.assert_array_equal(gradient, jax.jit(from_padded)(cotangent, sequence).values)
+
+
+CLS = np.arange(-2 * B * 2, 0, dtype=np.float32).reshape(B, 2, 2)
+PLACES = np.array([[[0, 1, -1], [0, 3, 1], [2, 2, 0], [9, 0, 1], [1, 0, 3]]])
+
+
+@jax.jit
+def between_samples_and_tokens(sequence, rows):
+    """Everything that moves values between samples and tokens, and the gradients of what reads tokens."""
+
+    def read(values):
+        filled = sequence.with_values(values)
+        return sum_over_samples(filled), take_places(filled, PLACES), prepend(CLS, filled)
+
+    out, pull = jax.vjp(lambda v: jax.tree.leaves(read(v))[:3], sequence.values)
+    return spread(rows, sequence), read(sequence.values), pull([jnp.ones_like(x) for x in out])[0]
+
+
+@in_any_layout
+def test_values_move_between_samples_and_tokens(layout):
+    starts, lengths = layout
+    sample, place = naive(starts[0], lengths[0])
+    values = np.arange(1, 2 * N + 1, dtype=np.float32).reshape(1, N, 2)
+    values[0, sample == B] = np.nan
+    sequence = Jagged(values, starts, lengths, T)
+    rows = np.arange(1.0, B + 1, dtype=np.float32)[:, None]
+    spread_rows, (sums, taken, longer), gradient = between_samples_and_tokens(sequence, rows)
+    np.testing.assert_array_equal(spread_rows[0, :, 0], np.append(rows, 0)[sample])
+    longer = Jagged(np.asarray(longer.values), *map(np.asarray, (longer.starts, longer.lengths)), longer.max_length)
+    assert longer.check().max_length == T + 2
+    assert np.isfinite(longer.values).all()
+    uses = np.zeros(N)
+    for b, (own, extended) in enumerate(zip(unpack(sequence), unpack(longer), strict=True)):
+        np.testing.assert_array_equal(sums[b], own.sum(axis=0))
+        np.testing.assert_array_equal(extended, np.concatenate([CLS[b], own]))
+        for k, at in enumerate(PLACES[0, b]):
+            inside = 0 <= at < len(own)
+            np.testing.assert_array_equal(taken[b, k], own[at] if inside else [0, 0])
+            uses[starts[0, b] + at if inside else 0] += inside
+    # each token of a sample is summed once, prepended to once, and taken as often as its place is named
+    np.testing.assert_array_equal(gradient[0, :, 0], np.where(sample < B, 2 + uses, 0))
 
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=9), st.integers(1, 3), st.integers(0, 5))

@@ -1,0 +1,206 @@
+"""Compare models on one data set: equal FLOPs per sample, equal batches, equal tuning, several seeds.
+
+    python experiments/compare.py movielens          # one H100: about 3 minutes; two CPU cores: hours
+    python experiments/compare.py synthetic
+
+Every model is scaled along its declared recipe to the FLOPs per sample of the first one named, at the data set's mean
+lengths. Each tries the same settings with the same seeds and keeps the setting of the best mean validation NE; the test
+part is looked at once, with that. Writes compare_<preset>.json with device, versions and command, and
+compare_<preset>.png, to experiments/results or --out.
+
+The seeds of a model train side by side in one program (population.py). Samples per second are those of one model alone
+at the data set's commonest batch shape, which for models as small as these is the time of launching operations rather
+than of arithmetic.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import tyro
+from jobs import Grid, Job, run_jobs
+from train import PRESETS
+
+from kunlun_jax.config import TrainConfig, to_dict
+from kunlun_jax.flops import model_flops, scale_to, total
+from kunlun_jax.models import named
+from kunlun_jax.run import load_samples, mean_and_spread, versions, write_json
+
+RESULTS = Path(__file__).parent / "results"
+GRIDS = {
+    # The capacities hold the median and the fullest batch of MovieLens; a synthetic batch is always about half full.
+    "movielens": Grid((1e-3,), (0.3, 0.6), (2, 4), (0, 1, 2), (0.35, 0.85, 1.0)),
+    "synthetic": Grid((1e-3, 3e-3, 1e-2), (0.0,), (1,), (0, 1, 2), (0.57, 1.0)),
+}
+METRICS = ("ne", "auc", "gauc")
+
+
+def data_config(preset: str, model: str) -> TrainConfig:
+    """The preset's training; the synthetic stream is longer here, as one pass over fresh samples shows the learning.
+
+    Raises:
+      ValueError: an unknown preset or model.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is unknown; there are {sorted(PRESETS)}")
+    config = PRESETS[preset](model)
+    if preset == "synthetic":
+        config = dataclasses.replace(config, synthetic=dataclasses.replace(config.synthetic, train=200_000))
+    return config
+
+
+def equal_flops(configs: dict[str, TrainConfig]) -> dict[str, TrainConfig]:
+    """The trainings with every model scaled to the FLOPs per sample of the first.
+
+    Raises:
+      ValueError: a model's recipe has no size near the target.
+    """
+    first = next(iter(configs.values()))
+    samples, _ = load_samples(first)
+    schema = samples["train"].schema
+    lengths = {name: e.stop - e.start for name, e in samples["train"].events.items()}
+    target = total(model_flops(first.model, schema, lengths))
+    scaled = {name: scale_to(c.model, schema, lengths, target) for name, c in list(configs.items())[1:]}
+    return {name: dataclasses.replace(c, model=scaled.get(name, c.model)) for name, c in configs.items()}
+
+
+def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Mean and spread over seeds of each job that has trained."""
+    return {
+        label: {part: mean_and_spread([run[part] for run in result["runs"]]) for part in ("validation", "test")}
+        for label, result in results.items()
+        if "runs" in result
+    }
+
+
+def table(results: dict[str, dict[str, Any]], means: dict[str, Any]) -> str:
+    """Markdown: one row per model."""
+    lines = ["| model | test NE | AUC | gAUC | validation NE | MFLOP | parameters | samples/s | chosen |"]
+    lines.append("|" + "---|" * 9)
+    for label, result in results.items():
+        if "runs" not in result:
+            lines.append(f"| {label} | {result.get('error', 'not trained')} |")
+            continue
+        task, best = result["task"], result["best"]
+        cells = [_pm(means[label]["test"][f"{task}/{m}"]) for m in METRICS if f"{task}/{m}" in means[label]["test"]]
+        cells += [_pm(means[label]["validation"][f"{task}/ne"])]
+        cells += [f"{result['flops_per_sample'] / 1e6:.2f}", f"{result['parameters']:,}"]
+        cells += [f"{result['samples_per_second']:,.0f}" if "samples_per_second" in result else "–"]
+        cells += [f"rate {best['learning_rate']:g}, dropout {best['dropout']:g}, {best['epochs']} epochs"]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _pm(x: dict[str, float]) -> str:
+    return f"{x['mean']:.4f} ± {x['standard_deviation']:.4f}"
+
+
+def plot(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
+    """Test metrics with their seeds, and FLOPs, parameters and speed, one panel each."""
+    done = {label: r for label, r in results.items() if "runs" in r}
+    figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), layout="constrained")
+    place = np.arange(len(done))
+    for ax, metric, name in zip(axes[0], METRICS, ("test NE (lower is better)", "test AUC", "test gAUC"), strict=True):
+        for i, result in enumerate(done.values()):
+            values = [run["test"].get(f"{result['task']}/{metric}", np.nan) for run in result["runs"]]
+            ax.plot(np.full(len(values), i), values, "o", color="0.7", markersize=4)
+            ax.errorbar(i, np.mean(values), np.std(values, ddof=1), fmt="s", color=f"C{i}", capsize=4)
+        ax.set_title(name)
+    columns = ("flops_per_sample", "parameters", "samples_per_second")
+    names = ("forward FLOPs per sample", "dense parameters", "training samples/s, one model alone")
+    for ax, column, name in zip(axes[1], columns, names, strict=True):
+        values = [result.get(column, 0) for result in done.values()]
+        ax.bar(place, values, color=[f"C{i}" for i in place])
+        ax.set_title(name)
+    for ax in axes.flat:
+        ax.set_xticks(place, list(done), rotation=20)
+        ax.grid(alpha=0.3, axis="y")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_curves(results: dict[str, dict[str, Any]], best_ne: float | None, title: str, path: Path) -> None:
+    """Progressive NE, predicted before trained on, over samples seen; mean and range over seeds."""
+    figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for label, result in results.items():
+        if "runs" not in result:
+            continue
+        curves = np.array([run["progressive_ne"] for run in result["runs"]])
+        seen = (np.arange(curves.shape[1]) + 0.5) * result["window"]
+        (line,) = ax.plot(seen, curves.mean(axis=0), label=label)
+        ax.fill_between(seen, curves.min(axis=0), curves.max(axis=0), color=line.get_color(), alpha=0.2)
+    if best_ne is not None:
+        ax.axhline(best_ne, color="0.4", linestyle="--", label="best possible")
+    ax.set(xlabel="samples seen", ylabel="progressive NE", title=title)
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def compare(
+    preset: str,
+    models: tuple[str, ...] = ("kunlun", "interformer", "wukong", "din", "dcnv2"),
+    out: Path = RESULTS,
+    processes: int = 5,
+    limit: int | None = None,
+) -> None:
+    """Train, write and print.
+
+    Args:
+      preset: movielens or synthetic.
+      models: the first one sets the FLOPs.
+      out: directory of the result and the plots.
+      processes: models that compile at a time; one of them at a time trains.
+      limit: only so many training samples of the synthetic stream, to try the command out.
+    """
+    configs = {name: data_config(preset, name) for name in models}
+    if limit is not None:
+        small = {"train": limit, "validation": limit, "test": limit}
+        configs = {
+            name: dataclasses.replace(c, synthetic=dataclasses.replace(c.synthetic, **small))
+            for name, c in configs.items()
+        }
+    configs = equal_flops(configs)
+    jobs = [Job(named(n).title, c, GRIDS[preset]) for n, c in configs.items()]
+    write(preset, run_jobs(jobs, processes=processes, turns=1), configs, out)
+
+
+def write(preset: str, results: dict[str, dict[str, Any]], configs: dict[str, TrainConfig], out: Path) -> None:
+    """JSON, table and plots of a comparison."""
+    out.mkdir(parents=True, exist_ok=True)
+    means, first = summary(results), next(iter(configs.values()))
+    write_json(
+        out / f"compare_{preset}.json",
+        {
+            "command": f"python experiments/compare.py {preset} --models {' '.join(configs)}",
+            "versions": versions(),
+            "data": {"preset": preset, "synthetic": to_dict(first.synthetic), "batch_size": first.batch_size},
+            "optimizer": to_dict(first.optimizer),
+            "grid": to_dict(GRIDS[preset]),
+            "means": means,
+            "results": results,
+        },
+    )
+    device = next((r["device"] for r in results.values() if "device" in r), "")
+    plot(results, f"{preset}, equal FLOPs and tuning, {device}", out / f"compare_{preset}.png")
+    best = next((r["best_ne"] for r in results.values() if r.get("best_ne")), None)
+    if best:
+        path = out / f"compare_{preset}_curves.png"
+        plot_curves(results, best["train"], f"{preset}: learning, equal FLOPs and tuning, {device}", path)
+    print(table(results, means))
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(compare, description=__doc__, config=(tyro.conf.PositionalRequiredArgs,))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
