@@ -5,12 +5,14 @@ python experiments/bench_kernels.py gdpa
 
 import dataclasses
 import functools
+import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from bench_attention import WINDOW_SHAPES, flex_rows, seed_cases, window_cases
 from kernel_timing import Case, plot_roofline, time_all
 
 RESULTS = pathlib.Path("experiments/results")
@@ -21,7 +23,7 @@ class Bench:
     """Where the results go, and how often to measure."""
 
     out: pathlib.Path = RESULTS
-    rounds: int = 7
+    rounds: int = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +150,23 @@ def gdpa_block(config: Bench) -> None:
     time_all(cases, config.out / "bench_gdpa_block.json", rounds=config.rounds, about=about)
 
 
+def sliding_window(config: Bench) -> None:
+    """Sliding-window attention: bench_sliding_window.json and .png. One H100: about two minutes."""
+    path = config.out / "bench_sliding_window.json"
+    rows = time_all(window_cases(), path, rounds=config.rounds, about=dict(dtype="bfloat16"))
+    rows += (rivals := flex_rows(WINDOW_SHAPES[0]))
+    if rivals:
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(rivals=rivals), indent=1) + "\n")
+    plot_roofline(rows, path.with_suffix(".png"), f"Sliding window on one {jax.devices()[0].device_kind}, bfloat16")
+
+
+def seed_pooling(config: Bench) -> None:
+    """Attention of shared seeds: bench_seed_pooling.json and .png. One H100: about a minute."""
+    path = config.out / "bench_seed_pooling.json"
+    rows = time_all(seed_cases(), path, rounds=config.rounds, about=dict(dtype="bfloat16"))
+    plot_roofline(rows, path.with_suffix(".png"), f"Seed attention on one {jax.devices()[0].device_kind}, bfloat16")
+
+
 if __name__ == "__main__":
-    configured = {f.__name__: f for f in (gdpa, gdpa_block)}
+    configured = {f.__name__: f for f in (gdpa, gdpa_block, sliding_window, seed_pooling)}
     tyro.extras.subcommand_cli_from_dict(configured, config=(tyro.conf.OmitArgPrefixes,))

@@ -1,0 +1,299 @@
+"""The Hopper kernels of sliding-window and seed attention without a GPU: tables, interpret mode with race detection,
+lowering for sm_90."""
+
+import functools
+import itertools
+
+import interpreter
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import hopper, seed_attention, sliding_window_attention
+from pallas_kernels.attention import tables as tables_module
+from pallas_kernels.attention.backward_kv import dkv_scratch
+from pallas_kernels.attention.backward_q import dq_scratch
+from pallas_kernels.attention.common import blocks_seen, inside
+from pallas_kernels.attention.forward import forward_scratch
+from pallas_kernels.attention.tables import BLOCK, DealtWalk, RangeWalk, longest_first, ranges, read_gap, window_reach
+from pallas_kernels.attention.work import SeedQueries
+from pallas_kernels.seed_attention import mosaic as seed_mosaic
+from pallas_kernels.seed_attention import reference as seed_reference
+from pallas_kernels.sliding_window import mosaic as window_mosaic
+from pallas_kernels.sliding_window import reference as window_reference
+
+
+@pytest.fixture(autouse=True)
+def _patched_interpreter():
+    interpreter.install()
+
+
+# --- tables and walks
+
+
+def draw_spans(rng, samples, longest):
+    """Spans in any order with gaps; many are empty."""
+    lengths = rng.integers(0, longest + 1, samples) * rng.integers(0, 2, samples)
+    gaps = rng.integers(0, 5, samples)
+    starts, order = np.cumsum(lengths + gaps) - lengths, rng.permutation(samples)
+    rows = int(starts[-1] + lengths[-1]) + 3
+    return *(jnp.asarray(x[order], jnp.int32) for x in (starts, lengths)), rows
+
+
+def places(walk):
+    at = walk.first()
+    while bool(walk.more(at)):
+        yield jax.tree.map(int, walk.read(at))
+        at = walk.next(at)
+
+
+@pytest.mark.parametrize(("heads", "sms"), [(2, 3), (3, 6), (4, 2)])
+@pytest.mark.parametrize("pairwise", [True, False])
+def test_every_row_of_every_head_is_walked_through_once(heads, sms, pairwise, monkeypatch):
+    if not pairwise:
+        monkeypatch.setattr(tables_module, "PAIRWISE", 0)
+    starts, lengths, rows = draw_spans(np.random.default_rng(heads), 9, 400)
+    shares = ranges(starts, lengths, rows=rows, heads=heads, reach=3, sms=sms)
+    written = np.zeros((rows, heads), int)
+    for sm in range(sms):
+        for place in places(RangeWalk(shares, jnp.int32(sm), heads=heads, sms=sms, blocks=3)):
+            assert (place.start, place.length) == (int(starts[place.sample]), int(lengths[place.sample]))
+            assert 1 <= place.blocks <= 3
+            first = place.block * BLOCK
+            end = min(place.length, first + place.blocks * BLOCK)
+            written[place.start + first : place.start + end, place.head] += 1
+    for gap in range(starts.size + 1):
+        row, count = map(int, read_gap(shares, gap, rows))
+        written[row : row + count] += 1
+    assert (written == 1).all()
+
+
+def test_shares_have_near_equal_cost():
+    rng = np.random.default_rng(0)
+    lengths = jnp.asarray(rng.integers(1, 1025, 200), jnp.int32)
+    starts, sms, reach = jnp.cumsum(lengths) - lengths, 33, window_reach(100, 100)
+    shares = ranges(starts, lengths, rows=int(lengths.sum()), heads=1, reach=reach, sms=sms)
+    blocks = -(-np.asarray(lengths) // BLOCK)
+    cost = np.repeat(np.minimum(blocks, reach) + 2, blocks)
+    first = np.append(np.asarray(shares.first[2]), blocks.sum())
+    sums = np.add.reduceat(cost, first[:-1])
+    assert sums.max() <= 1.02 * sums.mean()
+
+
+def test_statistics_of_samples_do_not_overlap():
+    starts, lengths, rows = draw_spans(np.random.default_rng(1), 40, 200)
+    shares = ranges(starts, lengths, rows=rows, heads=1, reach=3, sms=4)
+    before = np.asarray(shares.before)
+    assert (np.diff(before) == -(-np.asarray(lengths) // BLOCK)).all()
+    assert before[-1] * BLOCK <= tables_module.statistics_rows(rows, 40)
+
+
+def test_no_samples_have_rows():
+    zero = jnp.zeros(3, jnp.int32)
+    shares = ranges(zero, zero, rows=50, heads=2, reach=3, sms=4)
+    for sm in range(4):
+        assert not list(places(RangeWalk(shares, jnp.int32(sm), heads=2, sms=4, blocks=2)))
+    assert [int(read_gap(shares, i, 50)[1]) for i in range(4)] == [0, 0, 0, 50]
+
+
+def test_samples_are_dealt_longest_first_and_once():
+    lengths = np.array([5, 0, 9, 300, 0, 7])
+    samples = longest_first(jnp.arange(6, dtype=jnp.int32), jnp.asarray(lengths, jnp.int32))
+    seen = []
+    for worker in range(3):
+        walk = DealtWalk(samples, jnp.int32(worker), heads=2, tiles=2, workers=3)
+        mine = list(places(walk))
+        assert all(a.length >= b.length for a, b in itertools.pairwise(mine))
+        seen += [(p.sample, p.head, p.tile) for p in mine]
+    assert sorted(seen) == [(s, h, t) for s in (0, 2, 3, 5) for h in range(2) for t in range(2)]
+
+
+def test_empty_samples_are_the_gaps_of_the_pooled_rows():
+    samples = longest_first(jnp.zeros(3, jnp.int32), jnp.array([4, 0, 2], jnp.int32))
+    work = SeedQueries(seeds=100, samples=3)
+    assert [tuple(map(int, work.gap(samples, i))) for i in range(4)] == [(0, 0), (100, 100), (200, 0), (300, 0)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    first=st.integers(0, 300),
+    rows=st.integers(1, 192),
+    others=st.integers(1, 500),
+    before=st.none() | st.integers(0, 200),
+    after=st.none() | st.integers(0, 200),
+)
+def test_blocks_seen_are_those_that_meet(first, rows, others, before, after):
+    begin, end = map(int, blocks_seen(jnp.int32(first), rows, others, before, after))
+    i, j = np.arange(first, first + rows)[:, None], np.arange(others)
+    meet = np.ones((rows, others), bool)
+    if before is not None:
+        meet &= j >= i - before
+    if after is not None:
+        meet &= j <= i + after
+    seen = np.flatnonzero(meet.any(0)) // BLOCK
+    if seen.size:
+        assert begin <= seen[0]
+        assert end > seen[-1]
+    tile = np.pad(meet, ((0, max(0, BLOCK - rows)), (0, BLOCK)))  # a whole tile needs whole rows
+    for block in range(begin, end):
+        if rows >= BLOCK and bool(inside(first, block * BLOCK, others, before, after)):
+            assert tile[:BLOCK, block * BLOCK : (block + 1) * BLOCK].all()
+
+
+# --- shared memory, lowering
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_shared_memory_suffices(width):
+    panels = width // hopper.PANEL
+    scratches = [forward_scratch(jnp.bfloat16, panels, w, interpret=None) for w in (2, 3)]
+    scratches += [f(jnp.bfloat16, panels, interpret=None) for f in (dq_scratch, dkv_scratch)]
+    assert all(hopper.shared_bytes(s) <= hopper.SHARED_MEMORY for s in scratches)
+
+
+@pytest.mark.parametrize(
+    ("window", "width", "heads", "kv_heads"),
+    [((100, 100), 128, 4, 4), ((None, None), 128, 4, 2), ((100, 0), 64, 8, 2), ((None, 7), 64, 8, 8)],
+)
+def test_window_kernels_are_lowered(window, width, heads, kv_heads):
+    dtype = jnp.bfloat16 if window[0] else jnp.float16
+    q, k = (jax.ShapeDtypeStruct((3000, h, width), dtype) for h in (heads, kv_heads))
+    span = jax.ShapeDtypeStruct((5,), jnp.int32)
+    left, right = (2999 if side is None else side for side in window)
+
+    def f(q, k, v, starts, lengths):
+        def attend(*x):
+            static = dict(max_length=3000, left=left, right=right, scale=0.1, sms=132)
+            return window_mosaic.mosaic_gpu(*x, starts, lengths, None, **static)
+
+        out, pull = jax.vjp(attend, q, k, v)
+        return pull(out)
+
+    assert interpreter.lower_for_hopper(f, q, k, k, span, span).count("mosaic_gpu_v2") >= 3
+
+
+@pytest.mark.parametrize(("width", "seeds"), [(128, 256), (64, 40)])
+def test_seed_kernels_are_lowered(width, seeds):
+    q, k = jax.ShapeDtypeStruct((seeds, 4, width), jnp.bfloat16), jax.ShapeDtypeStruct((3000, 2, width), jnp.bfloat16)
+    span = jax.ShapeDtypeStruct((5,), jnp.int32)
+
+    def f(q, k, v, starts, lengths):
+        def attend(*x):
+            return seed_mosaic.mosaic_gpu(*x, starts, lengths, max_length=3000, scale=0.1, sms=132)
+
+        out, pull = jax.vjp(attend, q, k, v)
+        return pull(out)
+
+    assert interpreter.lower_for_hopper(f, q, k, k, span, span).count("mosaic_gpu_v2") >= 3
+
+
+# --- the kernels, interpreted
+
+
+def packed(rng, lengths, heads, width, dtype):
+    """Arrays whose rows outside the samples are NaN, a function that clears those, and spans in shuffled order."""
+    lengths = np.asarray(lengths)
+    starts = np.cumsum(lengths + 3) - lengths
+    rows = max(int(starts[-1] + lengths[-1]) + 7, 128)
+    used = np.zeros(rows, bool)
+    for start, length in zip(starts, lengths, strict=True):
+        used[start : start + length] = True
+    arrays = [
+        jnp.asarray(np.where(used[:, None, None], rng.normal(size=(rows, h, width)), np.nan), dtype) for h in heads
+    ]
+    order = rng.permutation(len(lengths))
+    spans = [jnp.asarray(x[order], jnp.int32) for x in (starts, lengths)]
+    return arrays, used, spans
+
+
+def value_and_gradients(f, *operands, dout):
+    out, pull = jax.vjp(f, *operands)
+    return out, *pull(dout.astype(out.dtype))
+
+
+def check(names, got, wanted, tolerance):
+    for name, a, b in zip(names, got, wanted, strict=True):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.isfinite(a).all(), name
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), name
+
+
+INTERPRETED = {  # lengths, window, heads, key heads, width, dtype
+    "two-sided, three tiles": ([131, 0, 1], (30, 20), 2, 1, 64, jnp.bfloat16),
+    "only ahead, f16": ([67], (0, 70), 1, 1, 64, jnp.float16),
+    "unbounded, D 128": ([65], (None, None), 1, 1, 128, jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_window_kernels_interpreted(name):
+    lengths, window, heads, kv_heads, width, dtype = INTERPRETED[name]
+    rng = np.random.default_rng(0)
+    (q, k, v, dout), used, spans = packed(rng, lengths, (heads, kv_heads, kv_heads, heads), width, dtype)
+    longest = max(lengths)
+    left, right = (longest - 1 if side is None else side for side in window)
+    static = dict(max_length=longest, left=left, right=right, scale=width**-0.5)
+    run = functools.partial(window_mosaic.mosaic_gpu, sms=2, interpret=interpreter.RACES)
+    got = value_and_gradients(lambda *x: run(*x, *spans, None, **static), q, k, v, dout=dout)
+    wide = [jnp.where(used[:, None, None], x, 0).astype(jnp.float32) for x in (q, k, v, dout)]
+    wanted = value_and_gradients(
+        lambda *x: window_reference.sliding_window_attention(*x, *spans, None, **static), *wide[:3], dout=wide[3]
+    )
+    check(("out", "q", "k", "v"), got, wanted, 4e-3)
+    for name, x in zip(("out", "q", "k", "v"), got, strict=True):
+        assert not np.asarray(x, np.float32)[~used].any(), name
+
+
+@pytest.mark.parametrize(("seeds", "lengths", "width"), [(130, [66, 0], 64), (30, [5], 128)])
+def test_seed_kernels_interpreted(seeds, lengths, width):
+    rng = np.random.default_rng(0)
+    (k, v), used, spans = packed(rng, lengths, (1, 1), width, jnp.bfloat16)
+    q = jnp.asarray(rng.normal(size=(seeds, 2, width)), jnp.bfloat16)
+    dout = jnp.asarray(rng.normal(size=(len(lengths), seeds, 2, width)), jnp.bfloat16)
+    static = dict(max_length=max(lengths), scale=width**-0.5)
+    run = functools.partial(seed_mosaic.mosaic_gpu, sms=3, interpret=interpreter.RACES)
+    got = value_and_gradients(lambda *x: run(*x, *spans, **static), q, k, v, dout=dout)
+    wide = [q.astype(jnp.float32), *(jnp.where(used[:, None, None], x, 0).astype(jnp.float32) for x in (k, v))]
+    wanted = value_and_gradients(
+        lambda *x: seed_reference.seed_attention(*x, *spans, **static), *wide, dout=dout.astype(jnp.float32)
+    )
+    check(("out", "seeds", "k", "v"), got, wanted, 4e-3)
+    for name, x in zip(("k", "v"), got[2:], strict=True):
+        assert not np.asarray(x, np.float32)[~used].any(), name
+
+
+# --- what the kernels refuse
+
+
+def test_named_kernels_say_why_they_refuse():
+    x, span = jnp.zeros((200, 1, 64), jnp.bfloat16), jnp.zeros(1, jnp.int32)
+    with pytest.raises(NotImplementedError, match="'mosaic_gpu' can't run this call: needs an NVIDIA Hopper GPU"):
+        sliding_window_attention(x, x, x, starts=span, lengths=span, window=(1, 1), implementation="mosaic_gpu")
+    with pytest.raises(NotImplementedError, match="'mosaic_gpu' can't run this call: needs an NVIDIA Hopper GPU"):
+        seed_attention(x, x, x, starts=span, lengths=span, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(dtype=jnp.float32), "is float32, the kernels take bfloat16 and float16"),
+        (dict(width=32), "has head width 32, the kernels have 64 and 128"),
+        (dict(rows=100), "has 100 rows, the kernels copy boxes of 128"),
+        (dict(), None),
+    ],
+)
+def test_operands_that_the_kernels_refuse(change, reason, monkeypatch):
+    monkeypatch.setattr(hopper, "unsupported_device", lambda: None)
+    shape = dict(rows=200, width=64, dtype=jnp.bfloat16) | change
+    x, span = jnp.zeros((shape["rows"], 1, shape["width"]), shape["dtype"]), jnp.zeros(1, jnp.int32)
+    window = window_mosaic.unsupported(x, x, x, span, span, None)
+    seeds = seed_mosaic.unsupported(x, x, x, span, span)
+    if reason is None:
+        assert window is None
+        assert seeds is None
+    else:
+        assert reason in window
+        assert reason in seeds

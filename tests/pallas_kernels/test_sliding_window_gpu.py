@@ -1,0 +1,110 @@
+"""Sliding-window attention as compiled for Hopper: values, gradients, isolation of samples, zeros, repeatability."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import hopper, sliding_window_attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(hopper.unsupported_device() is not None, reason="needs a Hopper GPU"),
+]
+NAMES = ("out", "q", "k", "v")
+
+
+def batch(seed, *, samples, longest, heads, kv_heads, width, dtype):
+    """Jagged operands with gaps and shuffled samples; every row outside the samples is NaN, in the cotangent too."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, longest + 1, samples)
+    lengths[:5] = (0, 1, longest, 64, 191)
+    starts = np.cumsum(lengths + rng.integers(0, 4, samples)) - lengths
+    rows, shuffle = int(starts[-1] + lengths[-1]) + 200, rng.permutation(samples)
+    inside = np.zeros(rows, bool)
+    for start, length in zip(starts, lengths, strict=True):
+        inside[start : start + length] = True
+
+    def normal(h):
+        x = rng.standard_normal((rows, h, width), np.float32)
+        x[~inside] = np.nan
+        return jnp.asarray(x, dtype)
+
+    operands = normal(heads), normal(kv_heads), normal(kv_heads), normal(heads)
+    return operands, [jnp.asarray(x[shuffle], jnp.int32) for x in (starts, lengths)], inside
+
+
+@functools.cache
+def compiled(implementation, longest, window, turned):
+    @jax.jit
+    def run(q, k, v, do, starts, lengths, angles):
+        def attend(*x):
+            static = dict(max_length=longest, window=window, implementation=implementation)
+            turns = dict(angles=angles) if turned else {}
+            return sliding_window_attention(*x, starts=starts, lengths=lengths, **turns, **static)
+
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(do)
+
+    return run
+
+
+def worst_error(got, wanted, starts, lengths):
+    """Largest relative error of any (sample, head): a norm over everything would hide a wrong short sample.
+
+    The floor serves what vanishes: dq and dk of a sample of one token.
+    """
+    got, wanted = np.asarray(got, np.float32), np.asarray(wanted, np.float32)
+    worst = 0.0
+    for start, length in zip(np.asarray(starts), np.asarray(lengths), strict=True):
+        rows = slice(start, start + length)
+        size = np.linalg.norm(wanted[rows], axis=(0, 2)) + 0.1 * np.sqrt(length * wanted.shape[2] + 1)
+        worst = max(worst, float(np.max(np.linalg.norm(got[rows] - wanted[rows], axis=(0, 2)) / size, initial=0)))
+    return worst
+
+
+def check(case, seed=0, turned=False):
+    window, shape = case
+    operands, (starts, lengths), inside = batch(seed, **shape)
+    angles = np.random.default_rng(seed).uniform(0, 1000, (len(inside), shape["width"] // 2)).astype(np.float32)
+    angles[~inside] = np.nan
+    arguments = starts, lengths, jnp.asarray(angles)
+    kernel = compiled("mosaic_gpu", shape["longest"], window, turned)
+    got, again = (kernel(*operands, *arguments) for _ in range(2))
+    xla = compiled("xla", shape["longest"], window, turned)
+    with jax.default_matmul_precision("highest"):
+        wanted = xla(*(x.astype(jnp.float32) for x in operands), *arguments)
+    narrow = xla(*operands, *arguments)
+    for name, a, b, c, d in zip(NAMES, got, again, wanted, narrow, strict=True):
+        assert np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32)), f"{name}: two runs differ"
+        assert not np.any(np.asarray(a, np.float32)[~inside]), f"{name}: not zero outside the samples"
+        error, allowed = (worst_error(x, c, starts, lengths) for x in (a, d))
+        assert error <= max(1.5 * allowed, 3.5e-3), f"{name}: {error:.2e}, XLA in {shape['dtype']} makes {allowed:.2e}"
+
+
+CASES = {
+    "two-sided, D 128": ((100, 100), dict(heads=4, kv_heads=4, width=128, dtype="bfloat16")),
+    "one-sided, grouped, D 64, f16": ((100, 0), dict(heads=8, kv_heads=2, width=64, dtype="float16")),
+    "unbounded, grouped, D 128": ((None, None), dict(heads=2, kv_heads=1, width=128, dtype="bfloat16")),
+    "only ahead, D 64": ((0, 37), dict(heads=3, kv_heads=3, width=64, dtype="bfloat16")),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name):
+    window, shape = CASES[name]
+    check((window, dict(samples=60, longest=700) | shape))
+
+
+def test_memory_is_that_of_the_statistics():
+    shape = dict(samples=256, longest=512, heads=4, kv_heads=4, width=128, dtype="bfloat16")
+    operands, spans, _ = batch(2, **shape)
+
+    def forward(q, k, v, starts, lengths):
+        static = dict(max_length=512, window=(100, 100), implementation="mosaic_gpu")
+        return sliding_window_attention(q, k, v, starts=starts, lengths=lengths, **static)
+
+    memory = jax.jit(forward).lower(*operands[:3], *spans).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 0.01 * (memory.argument_size_in_bytes + memory.output_size_in_bytes)
