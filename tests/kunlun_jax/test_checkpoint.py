@@ -16,7 +16,8 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kunlun_jax.checkpoint import CheckpointError, Checkpoints, describe
+from kunlun_jax import processes
+from kunlun_jax.checkpoint import CheckpointError, Checkpoints, _own_state, describe
 from kunlun_jax.embedding import init_tables
 from kunlun_jax.schema import DenseField, FeatureSchema, SparseField, Table
 
@@ -150,6 +151,36 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(checkpoints):
     for found in (restored, alone):
         np.testing.assert_array_equal(found["rows"], table)
         np.testing.assert_array_equal(found["w"], table[0])
+
+
+def test_tables_may_be_padded_to_other_lengths_beyond_their_rows(checkpoints):
+    def padded(rows):
+        values = np.zeros((rows, 8), np.float32)
+        values[:300] = np.arange(2400).reshape(300, 8)
+        return {"tables": {"item": {"rows": jnp.asarray(values)}}}
+
+    checkpoints.save(1, padded(304))
+    for rows in (300, 302, 304, 320):
+        restored = checkpoints.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), padded(rows)))
+        chex.assert_trees_all_equal(restored.state, padded(rows))
+    short = {"tables": {"item": {"rows": jax.ShapeDtypeStruct((299, 8), jnp.float32)}}}
+    with pytest.raises(ValueError, match=r"tables/item/rows: float32 \[304, 8\] in the checkpoint, float32 \[299, 8\]"):
+        checkpoints.restore(short)
+
+
+def test_positions_of_several_processes_go_to_each_or_must_agree(checkpoints, monkeypatch):
+    state = {"w": jnp.zeros(3)}
+    for step, positions in ((1, [{"next": 7}] * 4), (2, [{"next": 7}, {"next": 8}])):
+        monkeypatch.setattr(processes, "gather", lambda _, positions=positions: positions)
+        checkpoints.save(step, state, {"next": 7})
+    assert checkpoints.restore(state, 1).data_state == {"next": 7}
+    with pytest.raises(ValueError, match=r"run/2 holds the positions of 2 processes in the data, which differ"):
+        checkpoints.restore(state, 2)
+    states = describe(checkpoints.directory, 2).data_states
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert _own_state(states, "there") == {"next": 8}
+    monkeypatch.undo()
 
 
 # --- what does not fit ---------------------------------------------------------------------------------------------

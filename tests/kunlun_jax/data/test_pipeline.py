@@ -89,6 +89,18 @@ def test_batches_are_prepared_in_another_thread(samples, monkeypatch):
     assert threading.get_ident() not in seen
 
 
+def test_parts_of_several_processes_make_up_the_batch(samples):
+    """The last batch has fillers for whole shards; a part may consist of them."""
+    settings = {"batch_size": 48, "shards": 4, "shuffle": True, "seed": 2}
+    parts = [list(loader(samples, own=own, **settings)) for own in ([0, 2], [1, 3])]
+    for whole, one, two in zip(loader(samples, **settings), *parts, strict=True):
+        for x, a, b in zip(*(jax.tree.leaves(batch) for batch in (whole, one, two)), strict=True):
+            by_shard, first, second = (y.reshape(shards, -1, *y.shape[1:]) for y, shards in ((x, 4), (a, 2), (b, 2)))
+            np.testing.assert_array_equal(by_shard[[0, 2]], first)
+            np.testing.assert_array_equal(by_shard[[1, 3]], second)
+    assert min(part[-1].weight.sum() for part in parts) <= 1
+
+
 def test_batches_are_checked(samples):
     broken = type(samples)(**{**vars(samples), "labels": samples.labels + 2})
     with pytest.raises(ValueError, match="labels: sample 0, task 'click'"):
