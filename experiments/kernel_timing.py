@@ -15,7 +15,6 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -29,8 +28,8 @@ BURST, PAUSE_S = 8, 0.02
 class Case:
     """One call to time.
 
-    operands: builds the arguments, pytrees of arrays; called once per `shape` for neighbouring cases that share it.
-    flops, bytes: what the operator must compute and move; they set the roof. None: no roof is known.
+    operands: builds the arguments, pytrees of arrays.
+    flops, bytes: what the operator must compute and move; they set the roof.
     """
 
     shape: str
@@ -42,34 +41,45 @@ class Case:
     bytes: float
 
 
-def time_all(cases: list[Case], path: pathlib.Path, *, rounds: int, about: dict) -> list[dict]:
-    """Compile all cases side by side, then time one after another; rewrites `path` after each and returns its rows."""
-    with ThreadPoolExecutor(8) as pool:
-        compiled = list(pool.map(_compile, cases))
-    rows, made = [], (None, None)
-    for case, f in zip(cases, compiled, strict=True):
-        name = f"{case.shape:34s} {case.implementation:12s} {case.direction:8s}"
-        if isinstance(f, Exception):  # one case that can't run must not cost the others
-            print(f"{name} {f!r}"[:400], flush=True)
+def time_all(cases: list[Case], path: pathlib.Path, *, only: str, rounds: int, about: dict) -> list[dict]:
+    """Compile and time the cases whose printed name contains `only`, one after another.
+
+    Each result goes to `path` at once, in place of an earlier one of the same case. Returns all rows of the file.
+
+    Raises:
+      ValueError: the file holds results from another device, JAX or way of timing.
+    """
+    about = _about() | about
+    rows = _kept(path, about)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        name = f"{case.shape:36s} {case.implementation:12s} {case.direction:8s}"
+        if only not in name:
             continue
-        if made[0] is not case.operands:
-            made = None, None  # frees the arrays before new ones
-            made = case.operands, case.operands()
-        row = _row(case, _seconds(f, made[1], rounds))
-        rows.append(row)
+        try:
+            row = _row(case, _seconds(jax.jit(case.function), case.operands(), rounds))
+        except Exception as error:  # one case that can't run must not cost the others
+            print(f"{name} {error!r}"[:400], flush=True)
+            continue
         share = f"{row['tflops']:6.1f} TFLOP/s, {100 * row['share_of_roof']:5.1f} % of the roof"
         print(f"{name} {row['ms']:8.4f} ms {share}", flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dict(about=_about() | about, results=rows), indent=1) + "\n")
-    return rows
+        rows[_identity(row)] = row
+        path.write_text(json.dumps(dict(about=about, results=list(rows.values())), indent=1) + "\n")
+    return list(rows.values())
 
 
-def _compile(case: Case):
-    try:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(case.operands))
-        return jax.jit(case.function).lower(*shapes).compile()
-    except Exception as error:
-        return error
+def _identity(row: dict) -> tuple:
+    return row["shape"], row["implementation"], row["direction"]
+
+
+def _kept(path: pathlib.Path, about: dict) -> dict[tuple, dict]:
+    """Earlier rows, measured under the same circumstances."""
+    if not path.exists():
+        return {}
+    earlier = json.loads(path.read_text())
+    if differing := [k for k in about if k != "command" and earlier["about"].get(k) != about[k]]:
+        raise ValueError(f"{path} holds results that differ in {', '.join(differing)}; choose another --out")
+    return {_identity(row): row for row in earlier["results"]}
 
 
 def _seconds(f, operands, rounds: int) -> float:
