@@ -72,9 +72,14 @@ def equal_flops(configs: dict[str, TrainConfig]) -> dict[str, TrainConfig]:
 
 
 def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Mean and spread over seeds of each job that has trained."""
+    """Mean and spread over seeds of each job that has trained; what is undefined for a seed is left out."""
+
+    def of_part(runs):
+        defined = [name for name in runs[0] if all(np.isfinite(run[name]) for run in runs)]
+        return mean_and_spread([{name: run[name] for name in defined} for run in runs])
+
     return {
-        label: {part: mean_and_spread([run[part] for run in result["runs"]]) for part in ("validation", "test")}
+        label: {part: of_part([run[part] for run in result["runs"]]) for part in ("validation", "test")}
         for label, result in results.items()
         if "runs" in result
     }

@@ -512,7 +512,7 @@ class DINConfig:
 
     def recipe(self) -> Iterator["DINConfig"]:
         """Ours [choice]: all hidden widths together."""
-        for factor in (0.125, 0.25, 0.5, *_growth(1.0)):
+        for factor in _growth(0.125):
             yield dataclasses.replace(
                 self, attention_hidden=_scaled(self.attention_hidden, factor), hidden=_scaled(self.hidden, factor)
             )
@@ -565,7 +565,7 @@ class DCNv2Config:
 
     def recipe(self) -> Iterator["DCNv2Config"]:
         """Ours [choice]: the cross network's rank and the deep network's widths together."""
-        for factor in (0.125, 0.25, 0.5, *_growth(1.0)):
+        for factor in _growth(0.125):
             yield dataclasses.replace(
                 self, cross_rank=round(factor * self.cross_rank), hidden=_scaled(self.hidden, factor)
             )

@@ -1,0 +1,143 @@
+"""The comparison and the ablation: same results as ordinary training, equal FLOPs, choices by validation, refusals."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
+
+import ablation
+import compare
+import jobs
+from population import Population, Trial, cut
+from train import model_argument
+
+from kunlun_jax.config import TrainConfig
+from kunlun_jax.data.pipeline import loader
+from kunlun_jax.flops import model_flops, total
+from kunlun_jax.model_configs import KunlunConfig
+from kunlun_jax.models import MODELS, build
+from kunlun_jax.run import load_samples
+from kunlun_jax.training import Learner, fit
+
+SMALL = {"train": 220, "validation": 60, "test": 60, "max_length": 8}
+
+
+def small(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, synthetic=dataclasses.replace(config.synthetic, **SMALL), batch_size=50)
+
+
+def in_order(samples, epochs=1):
+    return loader(samples, batch_size=50, epochs=epochs, shuffle=False, capacity_fractions=(1.0,))
+
+
+def test_a_member_of_a_population_is_an_ordinary_training():
+    """Same parameters, order, schedule and optimiser: the losses agree, with a partly filled last batch."""
+    config = small(TrainConfig.synthetic_stream("dcnv2"))
+    samples, _ = load_samples(config)
+    schema, rates = samples["train"].schema, samples["train"].base_rates()
+    batches = {part: cut(x, 50, (1.0,)) for part, x in samples.items()}
+    population = Population(config.model, samples, config.optimizer, batches, size=2)
+    state, losses = population.run([Trial(1e-3, 0.5, 1), Trial(3e-3, 0.0, 0)], epochs=2)
+    validation = population.evaluate(state, "validation")
+
+    learner = Learner(build(config.model, schema, rngs=nnx.Rngs(0)), schema, config.optimizer, steps=10)
+    logged = []
+    state = fit(
+        learner, learner.init(0), in_order(samples["train"], epochs=2),
+        base_rates=rates, log_every=1, on_log=lambda _, values: logged.append(values["click/log_loss"]),
+        after_step=lambda *_: True,
+    )  # fmt: skip
+    own = learner.evaluate(state, in_order(samples["validation"]), rates).results()
+    np.testing.assert_allclose(losses[1], logged, rtol=1e-4)
+    assert validation[1]["click/ne"] == pytest.approx(own["click/ne"], rel=1e-4)
+    assert validation[1]["click/gauc_users_dropped"] == own["click/gauc_users_dropped"]
+    assert abs(losses[0] - losses[1]).max() > 1e-3
+    with pytest.raises(ValueError, match="1 trials for a population of 2 members"):
+        population.run([Trial(1e-3, 0.0, 0)], epochs=1)
+
+
+def test_models_are_scaled_to_the_first_ones_flops():
+    def few(config):
+        return dataclasses.replace(config, synthetic=dataclasses.replace(config.synthetic, train=300))
+
+    configs = compare.equal_flops({name: few(compare.data_config("synthetic", name)) for name in MODELS})
+    samples, _ = load_samples(configs["kunlun"])
+    lengths = {name: e.stop - e.start for name, e in samples["train"].events.items()}
+    flops = {n: total(model_flops(c.model, samples["train"].schema, lengths)) for n, c in configs.items()}
+    assert configs["kunlun"].model == compare.data_config("synthetic", "kunlun").model
+    assert all(f == pytest.approx(flops["kunlun"], rel=0.05) for f in flops.values()), flops
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="preset 'criteo' is unknown"):
+        compare.data_config("criteo", "kunlun")
+    with pytest.raises(ValueError, match="model 'deepfm' is unknown"):
+        compare.data_config("synthetic", "deepfm")
+    with pytest.raises(ValueError, match="model 'deepfm' is unknown"):
+        model_argument(["synthetic", "--model", "deepfm"])
+    assert model_argument(["movielens", "--model", "din", "--model.width", "8"]) == (
+        "din",
+        ["movielens", "--model.width", "8"],
+    )
+    assert model_argument(["movielens"]) == ("kunlun", ["movielens"])
+    with pytest.raises(ValueError, match="row 'no softmax' is unknown"):
+        ablation.ablated("no softmax", KunlunConfig())
+    with pytest.raises(ValueError, match="lack 'Kunlun'"):
+        ablation.ablation(rows=("one expert",))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": ()}, "epochs: give at least one"),
+        ({"seeds": (1,)}, "two different"),
+        ({"seeds": (1, 1)}, "two different"),
+    ],
+)
+def test_grids_without_trials_or_spread_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(compare.GRIDS["synthetic"], **change)
+
+
+def test_every_row_of_the_ablation_changes_one_thing():
+    base = ablation.learning_config().model
+    rows = {row: ablation.ablated(row, base) for row in ablation.ROWS}
+    assert rows.pop("Kunlun") == base
+    assert len({repr(config) for config in rows.values()}) == len(rows)
+    for config in rows.values():
+        changed = [f.name for f in dataclasses.fields(base) if getattr(config, f.name) != getattr(base, f.name)]
+        assert len(changed) == 1
+    assert ablation.change(70.0, 100.0) == pytest.approx(-0.3)
+
+
+@pytest.mark.slow
+def test_jobs_tune_repeat_measure_and_survive_a_failure(tmp_path):
+    """Two processes on the CPU: one job trains two settings with two seeds, one can't be built."""
+    config = small(TrainConfig.synthetic_stream("dcnv2"))
+    grid = jobs.Grid((1e-9, 1e-2), (0.0,), (2,), (0, 1), (1.0,))
+    broken = dataclasses.replace(config, synthetic=dataclasses.replace(config.synthetic, train=1))
+    seen = []
+    results = jobs.run_jobs(
+        [jobs.Job("DCNv2", config, grid), jobs.Job("broken", broken, grid)], processes=2, turns=1,
+        on_result=lambda r: seen.append(sorted(r)),
+    )  # fmt: skip
+    assert "training labels are" in results["broken"]["error"]
+    done = results["DCNv2"]
+    assert [run["seed"] for run in done["runs"]] == [0, 1]
+    assert done["best"]["learning_rate"] == 1e-2
+    assert done["best"]["validation_ne"] == min(t["validation_ne"] for t in done["tried"])
+    assert done["best"]["validation_ne"] == pytest.approx(np.mean([r["validation"]["click/ne"] for r in done["runs"]]))
+    assert done["samples_per_second"] > 0
+    assert seen[-1] == ["DCNv2", "broken"]
+    compare.write("synthetic", results, {"dcnv2": config}, tmp_path)
+    written = json.loads((tmp_path / "compare_synthetic.json").read_text())
+    assert written["means"]["DCNv2"]["test"]["click/ne"]["standard_deviation"] > 0
+    assert {p.name for p in tmp_path.glob("*.png")} == {"compare_synthetic.png", "compare_synthetic_curves.png"}
+    assert jax.default_backend() == "cpu"
