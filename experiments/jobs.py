@@ -91,6 +91,7 @@ def run_jobs(
     while waiting or len(alive) > len(timers):
         while waiting and len(alive) - len(timers) < processes:
             start()
+        pipe: Any
         for pipe in multiprocessing.connection.wait([p for p in alive if p not in timers]):
             number, job, process = alive[pipe]
             try:

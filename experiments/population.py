@@ -169,9 +169,9 @@ class Population:
             logits = np.asarray(logits)
             if not np.isfinite(logits).all():  # a diverged member must lose, not stop the others
                 logits = np.nan_to_num(logits, nan=50.0, posinf=50.0, neginf=-50.0)
-            known = [np.asarray(x) for x in (batch.labels, batch.label_mask, batch.weight)]
+            labels, mask, weight = (np.asarray(x) for x in (batch.labels, batch.label_mask, batch.weight))
             groups = groups_of(batch, self.schema)
-            evaluations = [e.update(x, *known, groups) for e, x in zip(evaluations, logits, strict=True)]
+            evaluations = [e.update(x, labels, mask, weight, groups) for e, x in zip(evaluations, logits, strict=True)]
         return [evaluation.results() for evaluation in evaluations]
 
     def stopwatch(self) -> Callable[[], float]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ def drop_fields(batch: EmbeddedBatch, key: PRNGKeyArray, rate: ArrayLike) -> Emb
     Numbers and times stay. Rate 0 changes nothing; it may be traced. A field's draw depends on the key and its name.
     """
 
-    def drop(name: str, x: Float[Array, "*rest width"]) -> Float[Array, "*rest width"]:
+    def drop(name: str, x: Any) -> Float[Array, "*rest width"]:
         kept = jax.random.uniform(jax.random.fold_in(key, zlib.crc32(name.encode())), (*x.shape[:-1], 1)) >= rate
         return jnp.where(kept, x / (1 - rate), 0)
 

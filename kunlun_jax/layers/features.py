@@ -1,7 +1,7 @@
 """Feature preprocessing: embedded features become set tokens X and event tokens S [2nd]."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -130,7 +130,7 @@ class PooledEvents(nnx.Module):
         tokens = [self._of_type(event, batch) for event in self.schema.events]
         return jnp.concatenate(tokens, axis=1) if tokens else None
 
-    def _of_type(self, event: EventType, batch: EmbeddedBatch) -> Float[Array, "B n d"]:
+    def _of_type(self, event: EventType, batch: EmbeddedBatch) -> Any:
         events = batch.events[event.name]
         count = events.lengths.reshape(-1, 1)
         columns = [_numbers(event, events), *(events.values[field.name] for field in event.sparse)]
@@ -190,7 +190,7 @@ def joined_fields(
         raise ValueError(f"field_embeddings: every field owns at least 1 token, got {few}")
     joined = []
     for group, tokens in wanted:
-        scopes = {fields[name].scope for name in group}
+        scopes: set[Scope] = {fields[name].scope for name in group}
         if len(scopes) != 1:
             raise ValueError(f"field_groups: {list(group)} have scopes {sorted(scopes)}; group fields of one scope")
         inputs = sum(schema.table(fields[name].table).width for name in group)

@@ -246,5 +246,6 @@ class InterFormer(nnx.Module):
             x_sum = jnp.broadcast_to(self.cls[event.name][...], (stored, self.config.n_sum, self.config.width))
         return prepend(x_sum, sequence)
 
-    def told(self, event: EventType, summary: SequenceSummary, sequences, batch) -> Float[Array, "B n d"]:
+    def told(self, event: EventType, summary: SequenceSummary, sequences, batch) -> Any:
+        """A sequence's summary for every sample, [B, n, d]."""
         return to_samples(summary(sequences[event.name]), batch.request_index, event.scope)

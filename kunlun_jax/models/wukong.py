@@ -33,7 +33,7 @@ class FactorisationMachine(nnx.Module):
         if self.kind == "attentive":
             flat = config.attentive_tokens * config.width
             self.compress = normal(rngs, (config.attentive_tokens, tokens), tokens**-0.5)
-            self.y = MLP(flat, [flat], tokens * self.rank, dtype=config.dtype, rngs=rngs)
+            self.make_y = MLP(flat, [flat], tokens * self.rank, dtype=config.dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B n d"]) -> Float[Array, "B n k"]:
         if self.kind == "plain":
@@ -43,7 +43,7 @@ class FactorisationMachine(nnx.Module):
             return jnp.einsum("bnd,bdk->bnk", x, jnp.einsum("bnd,nk->bdk", x, y))
         (compress,) = cast(self.dtype, self.compress)
         compressed = jnp.einsum("cn,bnd->bcd", compress, x).reshape(x.shape[0], -1)
-        y = self.y(compressed).reshape(*x.shape[:2], self.rank)
+        y = self.make_y(compressed).reshape(*x.shape[:2], self.rank)
         return jnp.einsum("bnd,bdk->bnk", x, jnp.einsum("bnd,bnk->bdk", x, y))
 
 

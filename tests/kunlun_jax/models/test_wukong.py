@@ -48,7 +48,7 @@ def test_attentive_machine_makes_y_of_each_sample():
     module = machine(machine="attentive")
     out = plain.run(module, X)
     for b, x in enumerate(X):
-        y = plain.mlp(module.y, (plain.array(module.compress) @ x).reshape(-1)).reshape(4, 2)
+        y = plain.mlp(module.make_y, (plain.array(module.compress) @ x).reshape(-1)).reshape(4, 2)
         np.testing.assert_allclose(out[b], x @ (x.T @ y), rtol=1e-3, atol=1e-4)
 
 
