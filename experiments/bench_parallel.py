@@ -14,8 +14,8 @@ Times are medians over rounds of many steps without a wait in between, rotating 
 
 quality: NE on the generated stream at equal samples for one replica, R replicas with c = 1 and with c = R.
 
-paper: step time = compute + exchange inside the group + averaging of replicas + all-reduce of dense gradients, with the
-assumptions that it prints.
+paper: step time = compute + exchange inside the group + averaging of replicas + all-reduce of dense gradients + what
+two devices measured beyond that, with the assumptions that it prints.
 """
 
 import concurrent.futures
@@ -95,7 +95,7 @@ class Paper:
     inside: float = 300e9  # bytes/s per device within a host (NVLink, achieved)
     across: float = 40e9  # bytes/s per device between hosts (400 Gb/s network, achieved)
     latency: float = 10e-6  # seconds per collective and doubling of the devices
-    sync_every: int = 1
+    sync_every: tuple[int, ...] = (1, 100)
     out: pathlib.Path = RESULTS
 
 
@@ -272,12 +272,11 @@ def table_step(options: Measure, rows: int, width: int, parallel: ParallelConfig
     schema = FeatureSchema(tables=(Table("t", rows, width),), sparse=(SparseField("f", "t", max_ids=fields),))
     plan = plan_tables(schema, dataclasses.replace(parallel, replicate_below=0)).check()
     placement, mesh = plan.placements["t"], make_mesh(parallel)
-    shapes = TableState((placement.padded_rows, width), (placement.padded_rows,))
-    specs = {"t": TableState(placement.spec, placement.spec)}
     sharded = ShardedTables(schema, plan, steps=10**9)
 
     def fresh():
-        return {"t": TableState(jnp.full(shapes.rows, 0.01), jnp.full(shapes.accumulator, 0.1))}
+        rows = placement.padded_rows
+        return {"t": TableState(jnp.full((rows, width), 0.01), jnp.full(rows, 0.1))}
 
     def batch_of(ids):
         nothing = jnp.zeros((1, 0))
@@ -299,8 +298,8 @@ def table_step(options: Measure, rows: int, width: int, parallel: ParallelConfig
         step, tables = alone, jax.jit(fresh)()
         ids = jax.device_put(ids, jax.devices()[0])
     else:
-        step = jax.shard_map(over, mesh=mesh, in_specs=(specs, BATCH), out_specs=specs, check_vma=False)
-        tables, ids = jax.jit(fresh, out_shardings=on_mesh(mesh, specs))(), place_batch(mesh, ids)
+        step = jax.shard_map(over, mesh=mesh, in_specs=(plan.specs, BATCH), out_specs=plan.specs, check_vma=False)
+        tables, ids = jax.jit(fresh, out_shardings=on_mesh(mesh, plan.specs))(), place_batch(mesh, ids)
     program = jax.jit(step, donate_argnums=0).lower(tables, ids[0]).compile()
     memory = program.memory_analysis()
     return program, tables, ids, {
@@ -384,9 +383,11 @@ def quality(options: Quality) -> None:
 # --- on paper ---------------------------------------------------------------------------------------------------------
 
 
-def step_time(paper: Paper, devices: int, mode: str, *, compute: float, ids: int, dense: int) -> dict[str, float]:
-    """Seconds of each part of a step on `devices` devices, `mode` "1D" (rows over all) or "2D" (over a host)."""
-    group = min(devices, paper.group) if mode == "2D" else devices
+def step_time(
+    paper: Paper, devices: int, group: int, sync_every: int, *, compute: float, ids: int, dense: int, beyond: float = 0
+) -> dict[str, float]:
+    """Seconds of each part of a step on `devices` devices, of which `group` share the rows of the tables."""
+    group = min(devices, group)
     replicas = devices // group
     row = 4 * paper.width
 
@@ -396,54 +397,63 @@ def step_time(paper: Paper, devices: int, mode: str, *, compute: float, ids: int
     def wait(count: int) -> float:
         return paper.latency * max(math.log2(count), 0)
 
-    # Ids out, rows back, gradients home: all-gather, reduce-scatter, all-gather, each (G - 1) / G of the whole.
+    # Ids out, rows back, gradients home: all-gather, reduce-scatter, all-gather, of which (G - 1) / G is others'.
     exchange = (group - 1) * ids * (4 + 2 * row) / wire(group) + 3 * wait(group)
-    # All-reduce of a row per id of all replicas since the last time, or of the whole block if that is smaller.
-    union = min(paper.sync_every * devices * ids, paper.rows / group)
-    sync = 0.0
+    averaging = 0.0
     if replicas > 1:
-        sync = 2 * (replicas - 1) / replicas * union * (row + 4) / wire(devices) / paper.sync_every
-        sync += 2 * wait(replicas) / paper.sync_every
+        # All-reduce of a row per id of all replicas since the last time, or of the whole block if that is smaller.
+        rows = min(sync_every * devices * ids, paper.rows / group)
+        averaging = (2 * (replicas - 1) / replicas * rows * (row + 4) / wire(devices) + 2 * wait(replicas)) / sync_every
     reduce = 2 * (devices - 1) / devices * 4 * dense / wire(devices) + 2 * wait(devices)
-    return {"compute": compute, "exchange": exchange, "averaging": sync, "dense": reduce}
+    return {
+        "compute": compute,
+        "exchange": exchange,
+        "averaging": averaging,
+        "dense": reduce,
+        "beyond": beyond if devices > 1 else 0.0,
+    }
 
 
 def on_paper(options: Paper) -> None:
     measured = json.loads((options.out / f"{NAME}.json").read_text())["measure"]
-    one = measured["weak_scaling"][0]
-    facts = measured["model"]
+    one, facts = measured["weak_scaling"][0], measured["model"]
     known = {
         "compute": one["ms"] / 1e3,
         "ids": facts["ids_per_device"]["item"] + facts["ids_per_device"]["user"],
         "dense": facts["dense_parameters"],
     }
+    for row in measured["weak_scaling"]:
+        if row["setting"].startswith("1D"):
+            same = sum(step_time(options, row["devices"], row["devices"], 1, **known).values())
+            known["beyond"] = max(row["ms"] / 1e3 - same, 0)
     assumptions = [
         f"one device computes {one['samples']} samples in {one['ms']:.1f} ms (measured: {measured['about']['device']})",
-        f"each device sends {known['ids']:,} ids per step, padding included, rows are {options.width} float32 wide",
+        f"each device sends {known['ids']:,} ids per step, padding included; rows are {options.width} float32 wide",
         "the exchange is the implemented one: all-gather of ids, reduce-scatter of rows, all-gather of gradients",
-        f"2D shards rows over the {options.group} devices of a host; 1D over all devices",
-        f"replicas average the rows that any of them touched, every {options.sync_every} step(s), at most the whole "
-        f"shard; {options.rows:,} rows in all",
+        f"1D shards rows over all devices, 2D over the {options.group} of a host (neighbours = group)",
+        f"{options.rows:,} rows; replicas average a row per id of all since the last time, at most the whole block",
         f"bytes per second and device: {options.inside / 1e9:.0f} GB/s inside a host, {options.across / 1e9:.0f} GB/s "
-        f"between hosts; {options.latency * 1e6:.0f} µs per collective and doubling",
-        "nothing overlaps; hosts are equally loaded; reading the data costs nothing",
+        f"between hosts; {options.latency * 1e6:.0f} µs per collective and doubling of the devices",
+        f"two devices measured {1e3 * known.get('beyond', 0):.1f} ms per step beyond this model; it stays as it is",
+        "nothing overlaps, devices are equally loaded, reading data costs nothing",
     ]
     print("assumptions:", *assumptions, sep="\n  ")
-    counts = [2**i for i in range(options.devices.bit_length()) if 2**i <= options.devices]
+    modes = {"1D": (options.devices, 1)}
+    for every in options.sync_every:
+        modes[f"2D, averaged every {every} step{'s' if every > 1 else ''}"] = (options.group, every)
     rows = []
-    for mode in ("1D", "2D"):
-        for devices in counts:
-            parts = step_time(options, devices, mode, **known)
+    for mode, (group, every) in modes.items():
+        for devices in [2**i for i in range(options.devices.bit_length())]:
+            parts = step_time(options, devices, group, every, **known)
             seconds = sum(parts.values())
             rows.append(
                 {
-                    "mode": mode, "devices": devices, "ms": 1e3 * seconds,
-                    "efficiency": known["compute"] / seconds,
+                    "mode": mode, "devices": devices, "ms": 1e3 * seconds, "efficiency": known["compute"] / seconds,
                     "parts_ms": {name: 1e3 * value for name, value in parts.items()},
                 }
             )  # fmt: skip
             shown = ", ".join(f"{name} {value:.2f}" for name, value in rows[-1]["parts_ms"].items())
-            print(f"{mode} {devices:5d} devices: {1e3 * seconds:8.2f} ms ({shown}), {rows[-1]['efficiency']:.0%}")
+            print(f"{mode}: {devices:5d} devices {1e3 * seconds:9.2f} ms ({shown}), {rows[-1]['efficiency']:.0%}")
     Saver(options.out, "paper", options)("step_time", {"assumptions": assumptions, "rows": rows})
     plot(options.out, measured, rows)
 
@@ -456,15 +466,15 @@ def plot(out: pathlib.Path, measured: dict, paper: list[dict]) -> None:
 
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     scaling = measured["weak_scaling"]
-    axes[0].barh([row["setting"] for row in scaling], [row["samples_per_second"] for row in scaling])
+    axes[0].barh([row["setting"] for row in scaling], [row["samples_per_second"] / 1e3 for row in scaling])
     for place, row in enumerate(scaling):
         axes[0].text(0, place, f"  {row['samples_per_second']:,.0f}", va="center", color="white")
-    axes[0].set(title="Weak scaling", xlabel="samples/s")
+    axes[0].set(title="Weak scaling", xlabel="thousand samples/s")
     axes[0].invert_yaxis()
     timed = [row for row in measured["rows_on_one_device"] if "ms" in row]
     axes[1].semilogx([row["rows"] for row in timed], [row["ms"] for row in timed], "o-")
     axes[1].set(title="One table's step against its rows", xlabel="rows", ylabel="ms", ylim=(0, None))
-    for mode in ("1D", "2D"):
+    for mode in dict.fromkeys(row["mode"] for row in paper):
         points = [row for row in paper if row["mode"] == mode]
         axes[2].loglog([row["devices"] for row in points], [row["ms"] for row in points], "o-", label=mode)
     axes[2].set(title="Step time on paper", xlabel="devices", ylabel="ms")
@@ -479,10 +489,10 @@ class Saver:
         self.file, self.part = out / f"{NAME}.json", part
         out.mkdir(parents=True, exist_ok=True)
         self.about = {
-            "command": " ".join(["python", "experiments/bench_parallel.py", *sys.argv[1:]]),
+            "command": "python experiments/bench_parallel.py " + type(options).__name__.lower(),
             "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
             "jax": jax.__version__,
-            "options": {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(options).items()},
+            "options": {k: v for k, v in vars(options).items() if not isinstance(v, pathlib.Path)},
         }
 
     def __call__(self, name: str, values: Any) -> None:

@@ -10,6 +10,7 @@ cotangents of the whole group. The dense optimiser runs outside, under `jit`, on
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from kunlun_jax.batch import Batch
 from kunlun_jax.config import TrainConfig
 from kunlun_jax.embedding.placement import TablePlan, plan_tables
 from kunlun_jax.embedding.sharded import ShardedTables
-from kunlun_jax.embedding.tables import TableState, fresh_table
+from kunlun_jax.embedding.tables import fresh_table
 from kunlun_jax.jagged import capacities
 from kunlun_jax.optimizer import FLAT_MULTIPLE, OptimizerConfig
 from kunlun_jax.schema import FeatureSchema
@@ -58,6 +59,8 @@ class MeshLearner(Learner):
       ValueError: the mesh doesn't divide the batch, the experts or, fully sharded, the parameters.
     """
 
+    mesh: Mesh
+
     def __init__(
         self,
         model: nnx.Module,
@@ -81,15 +84,15 @@ class MeshLearner(Learner):
             )
         self.tables = ShardedTables(schema, tables, steps)
         self._most_ids = most_ids(schema, batch_size // mesh.size)
-        self._param_specs = self._flat_specs() if self.parallel.fully_sharded else param_specs(self._params)
-        self._specs = TrainState(
-            step=REPLICATED,
-            healthy=REPLICATED,
-            params=self._param_specs,
-            optimizer=self._optimizer_specs(),
-            tables={name: TableState(p.spec, p.spec) for name, p in tables.placements.items()},
-            touched=dict.fromkeys(self.tables.touched_sizes(self._most_ids), BATCH),
-        )
+        specs: dict[str, Any] = {
+            "step": REPLICATED,
+            "healthy": REPLICATED,
+            "params": self._flat_specs() if self.parallel.fully_sharded else param_specs(self._params),
+            "optimizer": self._optimizer_specs(),
+            "tables": tables.specs,
+            "touched": dict.fromkeys(self.tables.touched_sizes(self._most_ids), BATCH),
+        }
+        self._specs = TrainState(**specs)
         shardings = on_mesh(mesh, self._specs)
         self._init = jax.jit(self._fresh, out_shardings=shardings)
         self._clear = jax.jit(self._untouched, out_shardings=shardings.touched)

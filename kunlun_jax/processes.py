@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
@@ -168,7 +169,7 @@ def end(code: int) -> int:
 
 
 def _watch(config: ProcessConfig) -> None:
-    client = jax._src.distributed.global_state.client  # the only key-value store that all processes share
+    client: Any = distributed.global_state.client  # the only key-value store that all processes share
     beats: dict[str, tuple[str, float]] = {}
     count = 0
     while not _ended.wait(SIGN_OF_LIFE):

@@ -68,7 +68,7 @@ def log_loss(logits: Float[Array, "B tasks"], batch: Batch, total: Float[Array, 
 
 
 def label_weights(batch: Batch) -> Float[Array, "B tasks"]:
-    return batch.weight[:, None] * batch.label_mask
+    return jnp.asarray(batch.weight)[:, None] * batch.label_mask
 
 
 class Gradients(NamedTuple):

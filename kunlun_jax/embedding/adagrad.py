@@ -7,6 +7,7 @@ per weight.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from kunlun_jax.embedding.tables import Plan, TableState
 
-DISTINCT = {"unique_indices": True, "indices_are_sorted": True}  # what XLA may assume of a plan's uids
+DISTINCT: dict[str, Any] = {"unique_indices": True, "indices_are_sorted": True}  # what XLA may assume of a plan's uids
 
 
 def update(

@@ -2,10 +2,12 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
+from kunlun_jax.embedding.tables import TableState
 from kunlun_jax.schema import FeatureSchema
 from kunlun_jax.sharding import REPLICATED, ParallelConfig
 
@@ -51,6 +53,12 @@ class TablePlan:
     placements: dict[str, Placement]
     dense_bytes: int
     memory: int
+
+    @property
+    def specs(self) -> dict[str, Any]:
+        """Per table a TableState of specs."""
+        specs: dict[str, Any] = {p.name: p.spec for p in self.placements.values()}
+        return {name: TableState(spec, spec) for name, spec in specs.items()}
 
     @property
     def table_bytes(self) -> int:

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from kunlun_jax.batch import Batch
@@ -90,7 +91,7 @@ class ShardedTables:
         touched: Mapping[str, Int[Array, "k m"]],
         *,
         step: Int[Array, ""],
-        learning_rate: Float[Array, ""],
+        learning_rate: ArrayLike,
         epsilon: float,
         ok: Bool[Array, ""],
     ) -> tuple[dict[str, TableState], dict[str, Int[Array, "k m"]]]:

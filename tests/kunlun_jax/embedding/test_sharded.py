@@ -73,7 +73,7 @@ def on_devices(config: ParallelConfig, tables, steps: Steps, ok=True):
     sharded, mesh = ShardedTables(SCHEMA, plan, STEPS), make_mesh(config)
     most = {f.table: SAMPLES // 8 * f.max_ids for f in SCHEMA.sparse}
     sizes = sharded.touched_sizes(most)
-    specs = {name: TableState(p.spec, p.spec) for name, p in plan.placements.items()}
+    specs = plan.specs
     touched_specs = dict.fromkeys(sizes, BATCH)
 
     def step(tables, touched, batch, targets, number):
