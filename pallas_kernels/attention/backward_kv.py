@@ -15,35 +15,36 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper
-from pallas_kernels.attention import common
+from pallas_kernels.attention import common, rotary
 from pallas_kernels.attention.backward_q import (
-    COMPUTE_REGISTERS,
     FIXED_SLOTS,
-    MEMORY_REGISTERS,
     WARPGROUPS,
     stream_slots,
 )
 from pallas_kernels.attention.tables import BLOCK
 
 
-def attention_dkv(work, tables, q, k, v, dout, statistics, delta, *, scale: float, sms: int, interpret=None):
+def attention_dkv(
+    work, tables, q, k, v, dout, statistics, delta, angles=None, *, scale: float, sms: int, interpret=None
+):
     """(dk, dv)."""
+    turned = angles is not None
     return common.persistent(
-        functools.partial(_dkv, work=work, scale=scale, sms=sms, interpret=interpret),
+        functools.partial(_dkv, work=work, turned=turned, scale=scale, sms=sms, interpret=interpret),
         name="attention_dkv",
         out_type=[common.like(k), common.like(v)],
-        scratch=dkv_scratch(q.dtype, q.shape[2] // hopper.PANEL, interpret=interpret),
+        scratch=dkv_scratch(q.dtype, q.shape[2] // hopper.PANEL, turned=turned, interpret=interpret),
         sms=sms,
         threads=WARPGROUPS + 1,
         interpret=interpret,
-        operands=(*tables, q, k, v, dout, statistics, delta),
+        operands=(*tables, *(angles or ()), q, k, v, dout, statistics, delta),
     )
 
 
-def dkv_scratch(dtype, panels: int, *, interpret) -> dict:
+def dkv_scratch(dtype, panels: int, *, turned: bool, interpret) -> dict:
     buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
     slots, tile = stream_slots(panels), (2, panels, BLOCK, hopper.PANEL)
-    return dict(
+    return common.ready_barriers(FIXED_SLOTS * WARPGROUPS, slots, turned) | dict(
         held_smem=buffer((FIXED_SLOTS, WARPGROUPS, *tile)),  # k, v
         passing_smem=buffer((slots, *tile)),  # q, dout
         statistics_smem=plgpu.SMEM((slots, 2, BLOCK), jnp.float32),  # statistics, delta
@@ -65,13 +66,18 @@ def _dkv(
     full,
     empty,
     tail_full,
+    held_ready=None,
+    ready=None,
     work,
+    turned,
     scale,
     sms,
     interpret,
 ):
     *tables, q_gmem, k_gmem, v_gmem, dout_gmem, statistics_gmem, delta_gmem, dk_gmem, dv_gmem = refs
-    tables = work.tables(*tables)
+    tables, angles = common.tables_and_angles(work, tables, turned)
+    if not turned:
+        held_ready, ready = held_full, full
     kv_heads, width = k_gmem.shape[1:]
     group, panels, dtype = q_gmem.shape[1] // kv_heads, width // hopper.PANEL, q_gmem.dtype
     slots = full.shape[0]
@@ -90,7 +96,7 @@ def _dkv(
         return common.blocks_seen(item.position + first, rows, item.q_rows, work.right, work.left)
 
     def memory():
-        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(common.registers(WARPGROUPS, turned, 2 * panels)[1], action="decrease")
 
         def load_item(item, kv_head, counters):
             *held_counts, count = counters
@@ -112,11 +118,23 @@ def _dkv(
                 held_counts[w] += live.astype(jnp.int32)
             begin, end = blocks_seen(item, 0, item.rows)
 
+            def rotate_keys():
+                for w in range(WARPGROUPS):
+                    held = common.modulo(held_counts[w] - 1, FIXED_SLOTS)
+                    barrier, row = held * WARPGROUPS + w, item.kv_row + w * BLOCK
+
+                    @pl.when(item.rows > w * BLOCK)
+                    def _(w=w, held=held, barrier=barrier, row=row):
+                        plgpu.barrier_wait(held_full.at[barrier])
+                        tile, left = held_mma.at[held, w, 0], item.rows - w * BLOCK
+                        rotary.rotate(tile, angles, row, left, held_ready.at[barrier])
+
             def load_head(g, count):
                 head = kv_head * group + g
 
-                def load(j, n):
-                    slot, first = common.modulo(n, slots), j * BLOCK
+                def load(j):
+                    n, first = count + j - begin, j * BLOCK
+                    slot = common.modulo(n, slots)
 
                     @pl.when(n >= slots)
                     def _():
@@ -129,9 +147,19 @@ def _dkv(
                     for i, (source, row) in enumerate(((q_gmem, item.q_row), (dout_gmem, item.out_row))):
                         target = passing_tma.at[slot, i]
                         common.load_block(source, target, row + first, left, head, full.at[slot], tail_full)
-                    return n + 1
 
-                return lax.fori_loop(begin, end, load, count)
+                def rotate_queries(j):
+                    slot = common.modulo(count + j - begin, slots)
+                    plgpu.barrier_wait(full.at[slot])
+                    row, left = item.q_row + j * BLOCK, item.q_rows - j * BLOCK
+                    rotary.rotate(passing_mma.at[slot, 0], angles, row, left, ready.at[slot])
+
+                if turned:
+                    prepare = functools.partial(pl.when(g == 0), rotate_keys)
+                    common.load_ahead(begin, end, slots - 1, load, prepare, rotate_queries)
+                else:
+                    lax.fori_loop(begin, end, lambda j, _: load(j), None)
+                return count + end - begin
 
             return *held_counts, lax.fori_loop(0, group, load_head, count)
 
@@ -143,7 +171,7 @@ def _dkv(
         gaps.fill(passing_mma.at[0, 0, 0], passing_tma.at[0, 0, 0], dk_gmem, dv_gmem)
 
     def compute():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(common.registers(WARPGROUPS, turned, 2 * panels)[0], action="increase")
 
         def item_body(item, kv_head, counters):
             held_count, count = counters
@@ -154,7 +182,7 @@ def _dkv(
 
             def pass_over(n, _):
                 slot = common.modulo(n, slots)
-                plgpu.barrier_wait(full.at[slot])
+                plgpu.barrier_wait(ready.at[slot])
                 plgpu.barrier_arrive(empty.at[slot])
 
             def active():
@@ -162,7 +190,7 @@ def _dkv(
                 barrier = held_slot * WARPGROUPS + warpgroup
                 mine_begin, mine_end = blocks_seen(item, first, rows)
                 position = item.position + first
-                plgpu.barrier_wait(held_full.at[barrier])
+                plgpu.barrier_wait(held_ready.at[barrier])
 
                 def all_blocks(dk_acc, dv_acc):
                     def one_head(g, _):
@@ -171,7 +199,7 @@ def _dkv(
 
                         def step(j, _):
                             slot, w, at = common.hold(common.modulo(count_queries + j, slots), warpgroup, held_slot)
-                            plgpu.barrier_wait(full.at[slot])
+                            plgpu.barrier_wait(ready.at[slot])
 
                             def statistic(which, column, like):
                                 """The queries' statistics or deltas, spread over a few columns."""
@@ -224,7 +252,10 @@ def _dkv(
                 acc = plgpu.ACC((BLOCK, width), jnp.float32)
                 dk, dv = pl.run_scoped(all_blocks, acc, acc)
                 # This warpgroup alone reads these keys and values: they make room for their gradients.
-                for i, (value, target) in enumerate(((dk * scale, dk_gmem), (dv, dv_gmem))):
+                dk = dk * scale
+                if turned:
+                    dk = rotary.turn_back(dk, angles, item.kv_row + first)
+                for i, (value, target) in enumerate(((dk, dk_gmem), (dv, dv_gmem))):
                     staging = held_tma.at[held_slot, warpgroup, i]
                     common.stage(value, staging)
                     common.store_block(staging, target, item.kv_row + first, kv_head, rows)

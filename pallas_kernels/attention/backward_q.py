@@ -22,11 +22,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper
-from pallas_kernels.attention import common
+from pallas_kernels.attention import common, rotary
 from pallas_kernels.attention.tables import BLOCK
 
 WARPGROUPS = 2  # that compute: three accumulators leave no registers for a third
-COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
 FIXED_SLOTS = 2  # tiles that stay
 
 
@@ -35,29 +34,30 @@ def stream_slots(panels: int) -> int:
     return 3 if panels == 2 else 8
 
 
-def attention_dq(work, tables, q, k, v, out, dout, statistics, *, scale: float, sms: int, interpret=None):
+def attention_dq(work, tables, q, k, v, out, dout, statistics, angles=None, *, scale: float, sms: int, interpret=None):
     """(dq, delta); delta [H, ...] float32 lies as the statistics do.
 
     Where all samples share the queries, dq is float32 [work.splits, H, rows, D], to be summed and scaled.
     """
+    turned = angles is not None
     shape = work.splits, q.shape[1], q.shape[0], q.shape[2]
     dq = jax.ShapeDtypeStruct(shape, jnp.float32) if work.splits else common.like(q)
     return common.persistent(
-        functools.partial(_dq, work=work, scale=scale, sms=sms, interpret=interpret),
+        functools.partial(_dq, work=work, turned=turned, scale=scale, sms=sms, interpret=interpret),
         name="attention_dq",
         out_type=[dq, common.like(statistics)],
-        scratch=dq_scratch(q.dtype, q.shape[2] // hopper.PANEL, interpret=interpret),
+        scratch=dq_scratch(q.dtype, q.shape[2] // hopper.PANEL, turned=turned, interpret=interpret),
         sms=sms,
         threads=WARPGROUPS + 1,
         interpret=interpret,
-        operands=(*tables, q, k, v, out, dout, statistics),
+        operands=(*tables, *(angles or ()), q, k, v, out, dout, statistics),
     )
 
 
-def dq_scratch(dtype, panels: int, *, interpret) -> dict:
+def dq_scratch(dtype, panels: int, *, turned: bool, interpret) -> dict:
     buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
     slots, tile = stream_slots(panels), (2, panels, BLOCK, hopper.PANEL)
-    return dict(
+    return common.ready_barriers(FIXED_SLOTS * WARPGROUPS, slots, turned) | dict(
         held_smem=buffer((FIXED_SLOTS, WARPGROUPS, *tile)),  # q, dout
         passing_smem=buffer((slots, *tile)),  # k, v; or out of both warpgroups
         held_full=plgpu.Barrier(num_arrivals=2 * panels, num_barriers=FIXED_SLOTS * WARPGROUPS),
@@ -68,9 +68,27 @@ def dq_scratch(dtype, panels: int, *, interpret) -> dict:
     )
 
 
-def _dq(*refs, held_smem, passing_smem, held_full, held_empty, full, empty, tail_full, work, scale, sms, interpret):
+def _dq(
+    *refs,
+    held_smem,
+    passing_smem,
+    held_full,
+    held_empty,
+    full,
+    empty,
+    tail_full,
+    held_ready=None,
+    ready=None,
+    work,
+    turned,
+    scale,
+    sms,
+    interpret,
+):
     *tables, q_gmem, k_gmem, v_gmem, out_gmem, dout_gmem, statistics_gmem, dq_gmem, delta_gmem = refs
-    tables = work.tables(*tables)
+    tables, angles = common.tables_and_angles(work, tables, turned)
+    if not turned:
+        held_ready, ready = held_full, full
     heads, width = q_gmem.shape[1:]
     group, panels, dtype = heads // k_gmem.shape[1], width // hopper.PANEL, q_gmem.dtype
     slots = full.shape[0]
@@ -99,7 +117,7 @@ def _dq(*refs, held_smem, passing_smem, held_full, held_empty, full, empty, tail
         return common.blocks_seen(item.position + first, rows, item.kv_rows, work.left, work.right)
 
     def memory():
-        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(common.registers(WARPGROUPS, turned, panels)[1], action="decrease")
 
         def load_item(item, head, counters):
             *held_counts, count = counters
@@ -134,14 +152,40 @@ def _dq(*refs, held_smem, passing_smem, held_full, held_empty, full, empty, tail
             for w in range(WARPGROUPS):
                 common.load_rows(out_gmem, passing_tma.at[slot, w], item.out_row + w * BLOCK, head, full.at[slot])
 
-            def load(j, n):
-                slot, row = next_slot(n), item.kv_row + j * BLOCK
-                target, left = passing_tma.at[slot], item.kv_rows - j * BLOCK
+            begin, end = blocks_seen(item, 0, item.rows)
+
+            def load(j):
+                row, left = item.kv_row + j * BLOCK, item.kv_rows - j * BLOCK
+                slot = next_slot(count + 1 + j - begin)
+                target = passing_tma.at[slot]
                 common.load_rows(v_gmem, target.at[1], row, kv_head, full.at[slot])
                 common.load_block(k_gmem, target.at[0], row, left, kv_head, full.at[slot], tail_full)
-                return n + 1
 
-            return *held_counts, lax.fori_loop(*blocks_seen(item, 0, item.rows), load, count + 1)
+            def rotate_queries():
+                for w in range(WARPGROUPS):
+                    held = common.modulo(held_counts[w] - 1, FIXED_SLOTS)
+                    barrier, row = held * WARPGROUPS + w, item.q_row + w * BLOCK
+
+                    @pl.when(item.rows > w * BLOCK)
+                    def _(w=w, held=held, barrier=barrier, row=row):
+                        plgpu.barrier_wait(held_full.at[barrier])
+                        tile, left = held_mma.at[held, w, 0], item.rows - w * BLOCK
+                        rotary.rotate(tile, angles, row, left, held_ready.at[barrier])
+
+                plgpu.barrier_wait(full.at[slot])  # out needs no rotation
+                plgpu.barrier_arrive(ready.at[slot])
+
+            def rotate_keys(j):
+                slot = common.modulo(count + 1 + j - begin, slots)
+                plgpu.barrier_wait(full.at[slot])
+                row, left = item.kv_row + j * BLOCK, item.kv_rows - j * BLOCK
+                rotary.rotate(passing_mma.at[slot, 0], angles, row, left, ready.at[slot])
+
+            if turned:
+                common.load_ahead(begin, end, slots - 2, load, rotate_queries, rotate_keys)
+            else:
+                lax.fori_loop(begin, end, lambda j, _: load(j), None)
+            return *held_counts, count + 1 + end - begin
 
         def load_task(turn, counters):
             over_tiles, _ = task_of(turn)
@@ -156,7 +200,7 @@ def _dq(*refs, held_smem, passing_smem, held_full, held_empty, full, empty, tail
             gaps.fill(passing_mma.at[0, 0, 0], passing_tma.at[0, 0, 0], dq_gmem)
 
     def compute():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(common.registers(WARPGROUPS, turned, panels)[0], action="increase")
 
         def item_body(shared_acc, item, head, counters):
             held_count, count = counters
@@ -167,7 +211,7 @@ def _dq(*refs, held_smem, passing_smem, held_full, held_empty, full, empty, tail
 
             def pass_over(n, _):
                 slot = common.modulo(n, slots)
-                plgpu.barrier_wait(full.at[slot])
+                plgpu.barrier_wait(ready.at[slot])
                 plgpu.barrier_arrive(empty.at[slot])
 
             def active():
@@ -177,9 +221,9 @@ def _dq(*refs, held_smem, passing_smem, held_full, held_empty, full, empty, tail
                 position = item.position + first
                 at_statistics = head, pl.ds(item.statistics + first, BLOCK)
                 lse = plgpu.load(statistics_gmem.at[at_statistics], layout=common.ROW, optimized=False)
-                plgpu.barrier_wait(held_full.at[barrier])
+                plgpu.barrier_wait(held_ready.at[barrier])
                 slot = common.modulo(count, slots)
-                plgpu.barrier_wait(full.at[slot])
+                plgpu.barrier_wait(ready.at[slot])
                 delta = plgpu.layout_cast(jnp.zeros((BLOCK,), jnp.float32), common.ROW)
                 for p in range(panels):
                     o, do = (
@@ -196,7 +240,7 @@ def _dq(*refs, held_smem, passing_smem, held_full, held_empty, full, empty, tail
                 def add_blocks(dq_acc):
                     def step(j, _):
                         slot, w, at = common.hold(common.modulo(count_keys + j, slots), warpgroup, held_slot)
-                        plgpu.barrier_wait(full.at[slot])
+                        plgpu.barrier_wait(ready.at[slot])
 
                         def score_gradients(s_acc, dp_acc):
                             for acc, i in ((s_acc, 0), (dp_acc, 1)):
@@ -233,7 +277,10 @@ def _dq(*refs, held_smem, passing_smem, held_full, held_empty, full, empty, tail
                     dq = pl.run_scoped(alone, acc_type)
                     # This warpgroup alone reads these queries: they make room for their gradient.
                     staging = held_tma.at[held_slot, warpgroup, 0]
-                    common.stage(dq * scale, staging)
+                    dq = dq * scale
+                    if turned:
+                        dq = rotary.turn_back(dq, angles, item.q_row + first)
+                    common.stage(dq, staging)
                     common.store_block(staging, dq_gmem, item.q_row + first, head, rows)
                     pass_over_rest()
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import hopper
+from pallas_kernels.attention.rotary import Angles
 from pallas_kernels.attention.tables import BLOCK
 
 LOG2E = math.log2(math.e)
@@ -154,6 +155,47 @@ def drain(count, slots: int, *barriers):
             plgpu.barrier_wait(barrier(modulo(n, slots)))
 
     lax.fori_loop(jnp.maximum(count - slots, 0), count, wait, None)
+
+
+def registers(warpgroups: int, turned: bool, panels: int) -> tuple[int, int]:
+    """Registers of a thread of the warpgroups that compute, and of the one that issues copies and may rotate tiles.
+
+    panels: of all accumulators [BLOCK, 64] that a warpgroup keeps.
+    """
+    if turned:
+        return (224, 64) if panels > 2 else (208, 96)
+    return {2: (240, 24), 3: (160, 32)}[warpgroups]
+
+
+def tables_and_angles(work, refs, turned: bool):
+    """The first operands of a kernel: the work's tables, and the angles if there are any."""
+    count = len(work.tables._fields)
+    return work.tables(*refs[:count]), Angles(*refs[count:]) if turned else None
+
+
+def ready_barriers(held: int, passing: int, turned: bool) -> dict:
+    """Barriers for tiles that are rotated after their copy; without angles a copy is all."""
+    if not turned:
+        return {}
+    return dict(
+        held_ready=plgpu.Barrier(num_arrivals=1, num_barriers=held),
+        ready=plgpu.Barrier(num_arrivals=1, num_barriers=passing),
+    )
+
+
+def load_ahead(begin, end, ahead: int, load, prepare, finish):
+    """load(j) for begin <= j < end, `ahead` of finish(j); prepare() before the first finish."""
+    lax.fori_loop(begin, jnp.minimum(begin + ahead, end), lambda j, _: load(j), None)
+    prepare()
+
+    def step(j, _):
+        @pl.when(j + ahead < end)
+        def _():
+            load(j + ahead)
+
+        finish(j)
+
+    lax.fori_loop(begin, end, step, None)
 
 
 def over_tiles(walk, item_of, body, carry):

@@ -20,40 +20,45 @@ from jax import lax
 from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_store  # no public name in JAX 0.11
 
 from pallas_kernels import hopper
-from pallas_kernels.attention import common
+from pallas_kernels.attention import common, rotary
 from pallas_kernels.attention.tables import BLOCK
 
-COMPUTE_REGISTERS, MEMORY_REGISTERS = {2: 240, 3: 160}, {2: 24, 3: 32}  # by warpgroups that compute
 LOWEST = -1e30  # a running maximum that any score exceeds; finite, so that nothing becomes ∞ - ∞
 
 
-def attention_forward(work, tables, q, k, v, *, warpgroups: int, scale: float, sms: int, interpret=None):
+def attention_forward(work, tables, q, k, v, angles=None, *, warpgroups: int, scale: float, sms: int, interpret=None):
     """(out, statistics): statistics [H, ...] float32 hold log2 Σ exp2(log2(e) · scale · q·k) of every query row.
 
-    work: which rows meet, see `work.py`; tables: what `work` reads. warpgroups: how many compute, 2 or 3.
+    work: which rows meet, see `work.py`; tables: what `work` reads. warpgroups: how many compute, 2 or 3;
+    2 with angles, an `Angles` of rotary encoding.
     """
-    panels = q.shape[2] // hopper.PANEL
+    panels, turned = q.shape[2] // hopper.PANEL, angles is not None
+    static = dict(work=work, turned=turned, warpgroups=warpgroups, scale=scale, sms=sms, interpret=interpret)
     return common.persistent(
-        functools.partial(_kernel, work=work, warpgroups=warpgroups, scale=scale, sms=sms, interpret=interpret),
+        functools.partial(_kernel, **static),
         name="attention_forward",
         out_type=[
             jax.ShapeDtypeStruct((work.out_rows, *q.shape[1:]), q.dtype),
             jax.ShapeDtypeStruct((q.shape[1], work.statistics_rows), jnp.float32),
         ],
-        scratch=forward_scratch(q.dtype, panels, warpgroups, interpret=interpret),
+        scratch=forward_scratch(q.dtype, panels, warpgroups, turned=turned, interpret=interpret),
         sms=sms,
         threads=warpgroups + 1,
         interpret=interpret,
-        operands=(*tables, q, k, v),
+        operands=(*tables, *(angles or ()), q, k, v),
     )
 
 
-def forward_scratch(dtype, panels: int, warpgroups: int, *, interpret) -> dict:
+def forward_scratch(dtype, panels: int, warpgroups: int, *, turned: bool, interpret) -> dict:
     """Shared memory and barriers: two tiles of queries, and as many blocks of keys and values as fit beside them."""
     q_slots, kv_slots = 2, 8 // panels
     buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
     kv = (kv_slots, panels, BLOCK, hopper.PANEL)
-    return dict(
+    ready = dict(
+        q_ready=plgpu.Barrier(num_arrivals=1, num_barriers=q_slots * warpgroups),
+        k_ready=plgpu.Barrier(num_arrivals=1, num_barriers=kv_slots),
+    )
+    return (ready if turned else {}) | dict(
         q_smem=buffer((q_slots, warpgroups, panels, BLOCK, hopper.PANEL)),
         k_smem=buffer(kv),
         v_smem=buffer(kv),
@@ -79,6 +84,9 @@ def _kernel(
     v_full,
     v_empty,
     tail_full,
+    q_ready=None,
+    k_ready=None,
+    turned,
     work,
     warpgroups,
     scale,
@@ -86,7 +94,7 @@ def _kernel(
     interpret,
 ):
     *tables, q_gmem, k_gmem, v_gmem, out_gmem, statistics_gmem = refs
-    tables = work.tables(*tables)
+    tables, angles = common.tables_and_angles(work, tables, turned)
     heads, width = q_gmem.shape[1:]
     group, panels, dtype = heads // k_gmem.shape[1], width // hopper.PANEL, q_gmem.dtype
     kv_slots = k_full.shape[0]
@@ -95,6 +103,8 @@ def _kernel(
         hopper.row_views(x, interpret=interpret) for x in (q_smem, k_smem, v_smem)
     )
     to_log2 = scale * common.LOG2E
+    if not turned:
+        q_ready, k_ready = q_full, k_full
     sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
     zero = jnp.int32(0)
 
@@ -106,7 +116,7 @@ def _kernel(
         return common.blocks_seen(item.position + first, rows, item.kv_rows, work.left, work.right)
 
     def memory():
-        plgpu.set_max_registers(MEMORY_REGISTERS[warpgroups], action="decrease")
+        plgpu.set_max_registers(common.registers(warpgroups, turned, panels)[1], action="decrease")
 
         def load_item(item, head, counters):
             *q_counts, kv_count = counters
@@ -125,26 +135,46 @@ def _kernel(
 
                 q_counts[w] += live.astype(jnp.int32)
             begin, end = blocks_seen(item, 0, item.rows)
+            kv_head = lax.div(head, jnp.int32(group))
 
-            def load(j, n):
-                slot, row = common.modulo(n, kv_slots), item.kv_row + j * BLOCK
+            def load(j):
+                n, row = kv_count + j - begin, item.kv_row + j * BLOCK
+                slot = common.modulo(n, kv_slots)
 
                 @pl.when(n >= kv_slots)
                 def _():
                     plgpu.barrier_wait(k_empty.at[slot])
 
-                common.load_rows(k_gmem, k_tma.at[slot], row, lax.div(head, jnp.int32(group)), k_full.at[slot])
+                common.load_rows(k_gmem, k_tma.at[slot], row, kv_head, k_full.at[slot])
 
                 @pl.when(n >= kv_slots)
                 def _():
                     plgpu.barrier_wait(v_empty.at[slot])
 
                 left = item.kv_rows - j * BLOCK
-                kv_head = lax.div(head, jnp.int32(group))
                 common.load_block(v_gmem, v_tma.at[slot], row, left, kv_head, v_full.at[slot], tail_full)
-                return n + 1
 
-            return *q_counts, lax.fori_loop(begin, end, load, kv_count)
+            def rotate_queries():
+                for w in range(warpgroups):
+                    slot = common.modulo(q_counts[w] - 1, q_slots)
+                    barrier, row = slot * warpgroups + w, item.q_row + w * BLOCK
+
+                    @pl.when(item.rows > w * BLOCK)
+                    def _(w=w, slot=slot, barrier=barrier, row=row):
+                        plgpu.barrier_wait(q_full.at[barrier])
+                        rotary.rotate(q_mma.at[slot, w], angles, row, item.rows - w * BLOCK, q_ready.at[barrier])
+
+            def rotate_keys(j):
+                slot = common.modulo(kv_count + j - begin, kv_slots)
+                plgpu.barrier_wait(k_full.at[slot])
+                left = item.kv_rows - j * BLOCK
+                rotary.rotate(k_mma.at[slot], angles, item.kv_row + j * BLOCK, left, k_ready.at[slot])
+
+            if turned:
+                common.load_ahead(begin, end, kv_slots - 1, load, rotate_queries, rotate_keys)
+            else:
+                lax.fori_loop(begin, end, lambda j, _: load(j), None)
+            return *q_counts, kv_count + end - begin
 
         *q_counts, kv_count = over_tiles(load_item, (zero,) * (warpgroups + 1))
         gaps = common.GapFiller(work.gaps, lambda i: work.gap(tables, i), sm, sms)
@@ -154,7 +184,7 @@ def _kernel(
         gaps.fill(k_mma.at[0, 0], k_tma.at[0, 0], out_gmem)
 
     def compute():
-        plgpu.set_max_registers(COMPUTE_REGISTERS[warpgroups], action="increase")
+        plgpu.set_max_registers(common.registers(warpgroups, turned, panels)[0], action="increase")
 
         def attend(item, head, counters):
             q_count, kv_count = counters
@@ -164,7 +194,7 @@ def _kernel(
 
             def pass_over(j, _):
                 slot = common.modulo(kv_count + j - begin, kv_slots)
-                plgpu.barrier_wait(k_full.at[slot])
+                plgpu.barrier_wait(k_ready.at[slot])
                 plgpu.barrier_arrive(k_empty.at[slot])
                 plgpu.barrier_wait(v_full.at[slot])
                 plgpu.barrier_arrive(v_empty.at[slot])
@@ -175,13 +205,13 @@ def _kernel(
                 mine_begin, mine_end = blocks_seen(item, first, rows)
                 position = item.position + first
                 lax.fori_loop(begin, mine_begin, pass_over, None)
-                plgpu.barrier_wait(q_full.at[barrier])
+                plgpu.barrier_wait(q_ready.at[barrier])
 
                 def all_blocks(out_acc):
                     def step(j, carry):
                         highest, total = carry
                         slot, w, at = common.hold(common.modulo(kv_count + j - begin, kv_slots), warpgroup, q_slot)
-                        plgpu.barrier_wait(k_full.at[slot])
+                        plgpu.barrier_wait(k_ready.at[slot])
 
                         def scores(acc):
                             for p in range(panels):

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels import hopper
 from pallas_kernels.attention.backward_kv import attention_dkv
 from pallas_kernels.attention.backward_q import attention_dq
 from pallas_kernels.attention.forward import attention_forward
+from pallas_kernels.attention.rotary import with_end
 from pallas_kernels.attention.tables import ranges, window_reach
 from pallas_kernels.attention.work import Window
 from pallas_kernels.jagged import vary_together
@@ -32,8 +34,6 @@ class Static(NamedTuple):
 
 def unsupported(q, k, v, starts, lengths, angles, **static) -> str | None:
     """Why the Hopper kernels can't run this call, or None."""
-    if angles is not None:
-        return "rotary angles are not applied inside the kernels yet"
     return hopper.unsupported_device() or hopper.unsupported_operands(q=q, k=k, v=v)
 
 
@@ -63,7 +63,11 @@ def mosaic_gpu(
         hopper.sm_count() if sms is None else sms,
         interpret,
     )
-    return _attention(static, *vary_together(q, k, v, starts, lengths))
+    if angles is not None:
+        angles = lax.stop_gradient(angles)
+        q, k, v, starts, lengths, angles = vary_together(q, k, v, starts, lengths, angles)
+        return _attention(static, q, k, v, starts, lengths, with_end(angles))
+    return _attention(static, *vary_together(q, k, v, starts, lengths), None)
 
 
 def _work(static: Static, q, starts) -> Window:
@@ -80,21 +84,28 @@ def _attention(static: Static, *operands):
     return _forward(static, *operands)[0]
 
 
-def _forward(static: Static, q, k, v, starts, lengths):
+def _forward(static: Static, q, k, v, starts, lengths, angles):
     tables = _ranges(static, q, starts, lengths, q.shape[1])
-    run = dict(warpgroups=FORWARD_WARPGROUPS, scale=static.scale, sms=static.sms, interpret=static.interpret)
-    out, statistics = vary_together(*attention_forward(_work(static, q, starts), tables, q, k, v, **run), q)[:2]
-    return out, (q, k, v, starts, lengths, out, statistics)
+    warpgroups = FORWARD_WARPGROUPS if angles is None else 2
+    run = dict(warpgroups=warpgroups, scale=static.scale, sms=static.sms, interpret=static.interpret)
+    out, statistics = attention_forward(_work(static, q, starts), tables, q, k, v, angles, **run)
+    out, statistics, _ = vary_together(out, statistics, q)
+    return out, (q, k, v, starts, lengths, angles, out, statistics)
 
 
 def _backward(static: Static, residuals, dout):
-    q, k, v, starts, lengths, out, statistics = residuals
+    q, k, v, starts, lengths, angles, out, statistics = residuals
     dout, work = dout.astype(q.dtype), _work(static, q, starts)
     by_query, by_key = (_ranges(static, q, starts, lengths, x.shape[1]) for x in (q, k))
     run = dict(scale=static.scale, sms=static.sms, interpret=static.interpret)
-    dq, delta = attention_dq(work, by_query, q, k, v, out, dout, statistics, **run)
-    dk, dv = attention_dkv(work, by_key, q, k, v, dout, statistics, delta, **run)
-    return *vary_together(dq, dk, dv, q)[:3], None, None
+    dq, delta = attention_dq(work, by_query, q, k, v, out, dout, statistics, angles, **run)
+    dk, dv = attention_dkv(work, by_key, q, k, v, dout, statistics, delta, angles, **run)
+    return (
+        *vary_together(dq, dk, dv, q)[:3],
+        None,
+        None,
+        None if angles is None else jax.tree.map(jnp.zeros_like, angles),
+    )
 
 
 _attention.defvjp(_forward, _backward)

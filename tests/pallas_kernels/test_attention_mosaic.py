@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import hopper, seed_attention, sliding_window_attention
+from pallas_kernels.attention import rotary
 from pallas_kernels.attention import tables as tables_module
 from pallas_kernels.attention.backward_kv import dkv_scratch
 from pallas_kernels.attention.backward_q import dq_scratch
@@ -149,30 +150,36 @@ def test_blocks_seen_are_those_that_meet(first, rows, others, before, after):
 @pytest.mark.parametrize("width", [64, 128])
 def test_shared_memory_suffices(width):
     panels = width // hopper.PANEL
-    scratches = [forward_scratch(jnp.bfloat16, panels, w, interpret=None) for w in (2, 3)]
-    scratches += [f(jnp.bfloat16, panels, interpret=None) for f in (dq_scratch, dkv_scratch)]
+    static = dict(dtype=jnp.bfloat16, panels=panels, interpret=None)
+    scratches = [forward_scratch(warpgroups=w, turned=w == 2, **static) for w in (2, 3)]
+    scratches += [f(turned=turned, **static) for f in (dq_scratch, dkv_scratch) for turned in (False, True)]
     assert all(hopper.shared_bytes(s) <= hopper.SHARED_MEMORY for s in scratches)
 
 
 @pytest.mark.parametrize(
-    ("window", "width", "heads", "kv_heads"),
-    [((100, 100), 128, 4, 4), ((None, None), 128, 4, 2), ((100, 0), 64, 8, 2), ((None, 7), 64, 8, 8)],
+    ("window", "width", "heads", "kv_heads", "turned"),
+    [
+        ((100, 100), 128, 4, 4, False),
+        ((None, None), 64, 8, 2, False),
+        ((100, 0), 128, 4, 2, True),
+        ((None, 7), 64, 8, 8, True),
+    ],
 )
-def test_window_kernels_are_lowered(window, width, heads, kv_heads):
+def test_window_kernels_are_lowered(window, width, heads, kv_heads, turned):
     dtype = jnp.bfloat16 if window[0] else jnp.float16
     q, k = (jax.ShapeDtypeStruct((3000, h, width), dtype) for h in (heads, kv_heads))
-    span = jax.ShapeDtypeStruct((5,), jnp.int32)
+    span, angles = jax.ShapeDtypeStruct((5,), jnp.int32), jax.ShapeDtypeStruct((3000, width // 2), jnp.float32)
     left, right = (2999 if side is None else side for side in window)
 
-    def f(q, k, v, starts, lengths):
+    def f(q, k, v, starts, lengths, angles):
         def attend(*x):
             static = dict(max_length=3000, left=left, right=right, scale=0.1, sms=132)
-            return window_mosaic.mosaic_gpu(*x, starts, lengths, None, **static)
+            return window_mosaic.mosaic_gpu(*x, starts, lengths, angles if turned else None, **static)
 
         out, pull = jax.vjp(attend, q, k, v)
         return pull(out)
 
-    assert interpreter.lower_for_hopper(f, q, k, k, span, span).count("mosaic_gpu_v2") >= 3
+    assert interpreter.lower_for_hopper(f, q, k, k, span, span, angles).count("mosaic_gpu_v2") >= 3
 
 
 @pytest.mark.parametrize(("width", "seeds"), [(128, 256), (64, 40)])
@@ -245,6 +252,31 @@ def test_window_kernels_interpreted(name):
     check(("out", "q", "k", "v"), got, wanted, 4e-3)
     for name, x in zip(("out", "q", "k", "v"), got, strict=True):
         assert not np.asarray(x, np.float32)[~used].any(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [64, 128])
+def test_rotary_angles_interpreted(width):
+    rng = np.random.default_rng(0)
+    (q, k, v, dout), used, spans = packed(rng, [70], (1, 1, 1, 1), width, jnp.bfloat16)
+    angles = np.where(used[:, None], rng.uniform(-1000, 1000, (len(used), width // 2)), np.nan).astype(np.float32)
+    static = dict(max_length=70, left=9, right=69, scale=width**-0.5)
+    run = functools.partial(window_mosaic.mosaic_gpu, sms=1, interpret=interpreter.RACES)
+    got = value_and_gradients(lambda *x: run(*x, *spans, jnp.asarray(angles), **static), q, k, v, dout=dout)
+    wide = [jnp.where(used[:, None, None], x, 0).astype(jnp.float32) for x in (q, k, v, dout)]
+    clean = jnp.asarray(np.where(used[:, None], angles, 0))
+    wanted = value_and_gradients(
+        lambda *x: window_reference.sliding_window_attention(*x, *spans, clean, **static), *wide[:3], dout=wide[3]
+    )
+    check(("out", "q", "k", "v"), got, wanted, 6e-3)
+    for name, x in zip(("out", "q", "k", "v"), got, strict=True):
+        assert not np.asarray(x, np.float32)[~used].any(), name
+
+
+def test_turns_are_exact_far_from_zero():
+    angle = np.linspace(-20000, 20000, 4001).astype(np.float32)
+    for got, wanted in zip(jax.jit(rotary._turns)(angle), (np.cos, np.sin), strict=True):
+        np.testing.assert_allclose(got, wanted(angle.astype(np.float64)), atol=1e-6)
 
 
 @pytest.mark.parametrize(("seeds", "lengths", "width"), [(130, [66, 0], 64), (30, [5], 128)])

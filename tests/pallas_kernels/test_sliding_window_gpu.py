@@ -98,6 +98,11 @@ def test_values_and_gradients(name):
     check((window, dict(samples=60, longest=700) | shape))
 
 
+@pytest.mark.parametrize("width", [64, 128])
+def test_rotary_angles(width):
+    check(((100, 30), dict(samples=60, longest=700, heads=4, kv_heads=2, width=width, dtype="bfloat16")), turned=True)
+
+
 def test_memory_is_that_of_the_statistics():
     shape = dict(samples=256, longest=512, heads=4, kv_heads=4, width=128, dtype="bfloat16")
     operands, spans, _ = batch(2, **shape)
