@@ -119,15 +119,11 @@ def _dkv(
             begin, end = blocks_seen(item, 0, item.rows)
 
             def rotate_keys():
-                for w in range(WARPGROUPS):
-                    held = common.modulo(held_counts[w] - 1, FIXED_SLOTS)
-                    barrier, row = held * WARPGROUPS + w, item.kv_row + w * BLOCK
+                def tile_of(held, w):
+                    return held_mma.at[held, w, 0]
 
-                    @pl.when(item.rows > w * BLOCK)
-                    def _(w=w, held=held, barrier=barrier, row=row):
-                        plgpu.barrier_wait(held_full.at[barrier])
-                        tile, left = held_mma.at[held, w, 0], item.rows - w * BLOCK
-                        rotary.rotate(tile, angles, row, left, held_ready.at[barrier])
+                where = item.kv_row, item.rows
+                rotary.rotate_held(tile_of, held_counts, FIXED_SLOTS, angles, *where, held_full, held_ready)
 
             def load_head(g, count):
                 head = kv_head * group + g

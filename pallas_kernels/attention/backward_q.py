@@ -162,15 +162,11 @@ def _dq(
                 common.load_block(k_gmem, target.at[0], row, left, kv_head, full.at[slot], tail_full)
 
             def rotate_queries():
-                for w in range(WARPGROUPS):
-                    held = common.modulo(held_counts[w] - 1, FIXED_SLOTS)
-                    barrier, row = held * WARPGROUPS + w, item.q_row + w * BLOCK
+                def tile_of(held, w):
+                    return held_mma.at[held, w, 0]
 
-                    @pl.when(item.rows > w * BLOCK)
-                    def _(w=w, held=held, barrier=barrier, row=row):
-                        plgpu.barrier_wait(held_full.at[barrier])
-                        tile, left = held_mma.at[held, w, 0], item.rows - w * BLOCK
-                        rotary.rotate(tile, angles, row, left, held_ready.at[barrier])
+                where = item.q_row, item.rows
+                rotary.rotate_held(tile_of, held_counts, FIXED_SLOTS, angles, *where, held_full, held_ready)
 
                 plgpu.barrier_wait(full.at[slot])  # out needs no rotation
                 plgpu.barrier_arrive(ready.at[slot])

@@ -155,14 +155,10 @@ def _kernel(
                 common.load_block(v_gmem, v_tma.at[slot], row, left, kv_head, v_full.at[slot], tail_full)
 
             def rotate_queries():
-                for w in range(warpgroups):
-                    slot = common.modulo(q_counts[w] - 1, q_slots)
-                    barrier, row = slot * warpgroups + w, item.q_row + w * BLOCK
+                def tile_of(slot, w):
+                    return q_mma.at[slot, w]
 
-                    @pl.when(item.rows > w * BLOCK)
-                    def _(w=w, slot=slot, barrier=barrier, row=row):
-                        plgpu.barrier_wait(q_full.at[barrier])
-                        rotary.rotate(q_mma.at[slot, w], angles, row, item.rows - w * BLOCK, q_ready.at[barrier])
+                rotary.rotate_held(tile_of, q_counts, q_slots, angles, item.q_row, item.rows, q_full, q_ready)
 
             def rotate_keys(j):
                 slot = common.modulo(kv_count + j - begin, kv_slots)

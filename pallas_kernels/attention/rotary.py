@@ -7,7 +7,6 @@ Numerics: sine and cosine are the hardware's approximation after an exact reduct
 rounded to the operands' dtype, as on the other paths.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.attention.tables import BLOCK
 
-_SLICE = 8  # columns at a time: what an angle becomes does not outlive them
+_SLICE = 16  # columns at a time: what an angle becomes does not outlive them
 _TURN = 2 * math.pi
 _TURN_HIGH = 6.28125  # eight bits: its multiples are exact in float32
 _TURN_LOW = _TURN - _TURN_HIGH
@@ -45,22 +44,23 @@ def _turns(angle):
 
 
 def _over_halves(f, x, angles: Angles, row):
-    """f(column, first half's columns, second half's, cos, sin) for a few columns at a time; returns both halves."""
-    rows = angles.rows.shape[0]
+    """f(first half's columns, second half's, cos, sin) for a few columns at a time; returns both halves."""
+    half, rows = x.shape[1] // 2, angles.rows.shape[0]
 
-    def on(source, row, x):
-        half = x.shape[1] // 2
-        parts = []
-        for column in range(0, half, _SLICE):
-            angle = source.at[pl.ds(row, BLOCK), pl.ds(column, _SLICE)]
-            angle = plgpu.load(angle, layout=plgpu.Layout.WGMMA, optimized=False)
-            a, b = (x[:, column + shift : column + shift + _SLICE] for shift in (0, half))
-            parts.append(f(a.astype(jnp.float32), b.astype(jnp.float32), *_turns(angle)))
-        return lax.concatenate([p for half in zip(*parts, strict=True) for p in half], 1)
+    def load(source, row, column):
+        source = source.at[pl.ds(row, BLOCK), pl.ds(column, _SLICE)]
+        return plgpu.load(source, layout=plgpu.Layout.WGMMA, optimized=False)
 
-    inside = row + BLOCK <= rows
-    main, end = functools.partial(on, angles.rows), functools.partial(on, angles.last)
-    return lax.cond(inside, lambda x: main(row, x), lambda x: end(row - (rows - BLOCK), x), x)
+    parts = []
+    for column in range(0, half, _SLICE):
+        angle = lax.cond(
+            row + BLOCK <= rows,
+            lambda column=column: load(angles.rows, row, column),
+            lambda column=column: load(angles.last, row - (rows - BLOCK), column),
+        )
+        a, b = (x[:, column + shift : column + shift + _SLICE].astype(jnp.float32) for shift in (0, half))
+        parts.append(f(a, b, *_turns(angle)))
+    return lax.concatenate([part for side in zip(*parts, strict=True) for part in side], 1)
 
 
 def turn_back(x, angles: Angles, row):
@@ -87,3 +87,20 @@ def rotate(tile, angles: Angles, row, rows, ready):
         tile.at[p][...] = x[:, p * (x.shape[1] // panels) : (p + 1) * (x.shape[1] // panels)]
     plgpu.commit_smem()
     plgpu.barrier_arrive(ready)
+
+
+def rotate_held(tile_of, counts, slots: int, angles: Angles, row, rows, full, ready):
+    """Rotate the tiles that stay, one of each warpgroup that has rows.
+
+    tile_of: (slot, warpgroup) -> tile; counts: tiles of each warpgroup until now; slots: of each, a power of two; full,
+    ready: barriers [slots · warpgroups].
+    """
+
+    def one(w, _):
+        count = sum(jnp.where(w == i, n, 0) for i, n in enumerate(counts))
+        slot = (count - 1) & (slots - 1)
+        barrier = slot * len(counts) + w
+        plgpu.barrier_wait(full.at[barrier])
+        rotate(tile_of(slot, w), angles, row + w * BLOCK, rows - w * BLOCK, ready.at[barrier])
+
+    lax.fori_loop(0, lax.div(rows + (BLOCK - 1), jnp.int32(BLOCK)), one, None)
