@@ -133,6 +133,11 @@ def test_two_processes_end_where_one_with_two_devices_ends(environment, tmp_path
     lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, STEPS + 1))
 
+    # What only process 0 sees stops both.
+    again = subprocess.run(launch, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=100)
+    assert again.returncode == 1
+    assert again.stderr.count("two already holds a run") == 2, again.stderr
+
 
 def test_processes_that_do_not_come_or_come_twice_are_named(environment, tmp_path):
     def run(settings):

@@ -11,6 +11,7 @@ import pytest
 from kunlun_jax.config import EventConfig, KunlunConfig, TrainConfig, from_dict, to_dict
 from kunlun_jax.data.synthetic import SyntheticConfig
 from kunlun_jax.run import Run, load_config, load_samples, mean_and_spread, stop_on_sigterm
+from kunlun_jax.sharding import ParallelConfig
 
 CONFIGS = [
     TrainConfig.movielens(),
@@ -56,10 +57,21 @@ def test_a_run_is_not_overwritten_and_resumes_only_with_its_own_settings(tmp_pat
     with pytest.raises(FileExistsError, match="already holds a run; --resume goes on with it"):
         Run(tmp_path / "run", config, resume=False)
     Run(tmp_path / "run", dataclasses.replace(config, log_every=3), resume=True)
+    Run(tmp_path / "run", dataclasses.replace(config, parallel=ParallelConfig(data=2, sync_every=4)), resume=True)
+    assert load_config(tmp_path / "run").parallel.data == 2
     other = dataclasses.replace(config, seed=7, optimizer=dataclasses.replace(config.optimizer, clip_norm=2.0))
     with pytest.raises(ValueError, match=r"optimizer.clip_norm: there 1.0, now 2.0\n  seed: there 0, now 7"):
         Run(tmp_path / "run", other, resume=True)
     assert load_config(tmp_path / "run").optimizer.clip_norm == 1.0
+
+
+def test_only_one_of_several_processes_writes(tmp_path):
+    run = Run(tmp_path / "run", CONFIGS[1], resume=False, writes=False)
+    run.log("train", 2, {"loss": 0.5})
+    run.forget_after(1)
+    run.finish({"test": {}})
+    assert not (tmp_path / "run").exists()
+    assert run.summary is None
 
 
 def test_the_log_drops_half_a_line_and_what_comes_after_a_step(tmp_path):
