@@ -148,8 +148,9 @@ def gdpa_block(config: Bench) -> None:
 def sliding_window(config: Bench) -> None:
     """Sliding-window attention: bench_sliding_window.json and .png. One H100: about two minutes."""
     path = config.out / "bench_sliding_window.json"
-    rows = time_all(window_cases(), path, rounds=config.rounds, about=dict(dtype="bfloat16"))
-    rows += (rivals := flex_rows(WINDOW_SHAPES[0]))
+    rows = time_all(window_cases(), path, only=config.only, rounds=config.rounds, about=dict(dtype="bfloat16"))
+    rivals = flex_rows(WINDOW_SHAPES[0]) if config.only in f"{WINDOW_SHAPES[0].name} flex" else []
+    rows += rivals
     if rivals:
         path.write_text(json.dumps(json.loads(path.read_text()) | dict(rivals=rivals), indent=1) + "\n")
     plot_roofline(rows, path.with_suffix(".png"), f"Sliding window on one {jax.devices()[0].device_kind}, bfloat16")
@@ -158,7 +159,7 @@ def sliding_window(config: Bench) -> None:
 def seed_pooling(config: Bench) -> None:
     """Attention of shared seeds: bench_seed_pooling.json and .png. One H100: about a minute."""
     path = config.out / "bench_seed_pooling.json"
-    rows = time_all(seed_cases(), path, rounds=config.rounds, about=dict(dtype="bfloat16"))
+    rows = time_all(seed_cases(), path, only=config.only, rounds=config.rounds, about=dict(dtype="bfloat16"))
     plot_roofline(rows, path.with_suffix(".png"), f"Seed attention on one {jax.devices()[0].device_kind}, bfloat16")
 
 
