@@ -2,8 +2,9 @@
 
 P devices are R replicas × G shards (arXiv 2508.03854). Inside a group every device sends the distinct ids that its
 samples use to all others, reads the rows it owns (zero for the others) and returns the sum of all answers to who asked;
-gradients take the same way home. The buffers hold every id of every device, so none is ever dropped, and each device
-does the same work whichever rows are popular.
+gradients take the same way home. The buffers hold every id of every device, so none is ever dropped. Rows lie in
+contiguous blocks, unhashed [choice]: each device looks at all ids of the group, so popular rows burden none more than
+the others, and a checkpoint knows nothing of the number of shards.
 
 Each replica takes its own step with the gradient of R times the global mean loss,
 
