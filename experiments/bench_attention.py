@@ -6,6 +6,7 @@ FlexAttention needs torch and is timed by its own events.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,11 +135,13 @@ def window_cases() -> list[Case]:
         for implementation in ("mosaic_gpu", "xla") if shape is WINDOW_SHAPES[0] else ("mosaic_gpu",):
 
             def call(q, k, v, starts, lengths, shape=shape, implementation=implementation):
-                static = dict(max_length=shape.length, window=shape.window, implementation=implementation)
+                static: dict[str, Any] = dict(
+                    max_length=shape.length, window=shape.window, implementation=implementation
+                )
                 return sliding_window_attention(q, k, v, starts=starts, lengths=lengths, **static)
 
             cases += both_directions(shape, implementation, call)
-        if shape.window[1] == 0:
+        if shape.window and shape.window[1] == 0:
             cases += both_directions(shape, "cudnn", functools.partial(_cudnn, shape))
     return cases
 
@@ -157,7 +160,7 @@ def seed_cases() -> list[Case]:
         for implementation in ("mosaic_gpu", "xla") if shape is SEED_SHAPES[0] else ("mosaic_gpu",):
 
             def call(seeds, k, v, starts, lengths, shape=shape, implementation=implementation):
-                static = dict(max_length=shape.length, implementation=implementation)
+                static: dict[str, Any] = dict(max_length=shape.length, implementation=implementation)
                 return seed_attention(seeds, k, v, starts=starts, lengths=lengths, **static)
 
             cases += both_directions(shape, implementation, call)
@@ -167,8 +170,8 @@ def seed_cases() -> list[Case]:
 def flex_rows(shape: Shape) -> list[dict]:
     """FlexAttention on one dense shape, compiled, by events; [] without torch."""
     try:
-        import torch
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        import torch  # pyright: ignore[reportMissingImports]
+        from torch.nn.attention import flex_attention as flex  # pyright: ignore[reportMissingImports]
     except ImportError:
         return []
     left, right = shape.window
@@ -178,8 +181,8 @@ def flex_rows(shape: Shape) -> list[dict]:
     def near(b, h, i, j):
         return (j >= i - left) & (j <= i + right)
 
-    mask = create_block_mask(near, None, None, shape.length, shape.length, device="cuda")
-    attend = torch.compile(flex_attention)
+    mask = flex.create_block_mask(near, None, None, shape.length, shape.length, device="cuda")
+    attend = torch.compile(flex.flex_attention)
 
     def forward():
         return attend(q, k, v, block_mask=mask)

@@ -8,6 +8,7 @@ dtype before their products. Deterministic: two runs give the same bits.
 """
 
 import functools
+from typing import Any
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -66,8 +67,8 @@ def _dkv(
     full,
     empty,
     tail_full,
-    held_ready=None,
-    ready=None,
+    held_ready: Any = None,
+    ready: Any = None,
     work,
     turned,
     scale,

@@ -14,6 +14,7 @@ product. Deterministic: two runs give the same bits.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -77,8 +78,8 @@ def _dq(
     full,
     empty,
     tail_full,
-    held_ready=None,
-    ready=None,
+    held_ready: Any = None,
+    ready: Any = None,
     work,
     turned,
     scale,

@@ -1,6 +1,7 @@
 """What the attention kernels share inside a kernel."""
 
 import math
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -167,7 +168,7 @@ def registers(warpgroups: int, turned: bool, panels: int) -> tuple[int, int]:
     return {2: (240, 24), 3: (160, 32)}[warpgroups]
 
 
-def tables_and_angles(work, refs, turned: bool):
+def tables_and_angles(work, refs, turned: bool) -> tuple[Any, Any]:
     """The first operands of a kernel: the work's tables, and the angles if there are any."""
     count = len(work.tables._fields)
     return work.tables(*refs[:count]), Angles(*refs[count:]) if turned else None

@@ -11,6 +11,7 @@ unnormalised; exp2 and log2 are the hardware's approximations. Every row is writ
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -84,8 +85,8 @@ def _kernel(
     v_full,
     v_empty,
     tail_full,
-    q_ready=None,
-    k_ready=None,
+    q_ready: Any = None,
+    k_ready: Any = None,
     turned,
     work,
     warpgroups,

@@ -221,7 +221,8 @@ class DealtWalk:
         else:
             rest, tile = lax.div(index, self.tiles), lax.rem(index, self.tiles)
             rank, head = lax.div(rest, self.heads), lax.rem(rest, self.heads)
-        return Turn(*(self.tables.samples[rank, c] for c in range(3)), head, tile)
+        start, length, sample = (self.tables.samples[rank, c] for c in range(3))
+        return Turn(start, length, sample, head, tile)
 
     def first(self):
         return jnp.int32(0)

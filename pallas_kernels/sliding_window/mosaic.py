@@ -87,7 +87,7 @@ def _attention(static: Static, *operands):
 def _forward(static: Static, q, k, v, starts, lengths, angles):
     tables = _ranges(static, q, starts, lengths, q.shape[1])
     warpgroups = FORWARD_WARPGROUPS if angles is None else 2
-    run = dict(warpgroups=warpgroups, scale=static.scale, sms=static.sms, interpret=static.interpret)
+    run: dict[str, Any] = dict(warpgroups=warpgroups, scale=static.scale, sms=static.sms, interpret=static.interpret)
     out, statistics = attention_forward(_work(static, q, starts), tables, q, k, v, angles, **run)
     out, statistics, _ = vary_together(out, statistics, q)
     return out, (q, k, v, starts, lengths, angles, out, statistics)
@@ -97,7 +97,7 @@ def _backward(static: Static, residuals, dout):
     q, k, v, starts, lengths, angles, out, statistics = residuals
     dout, work = dout.astype(q.dtype), _work(static, q, starts)
     by_query, by_key = (_ranges(static, q, starts, lengths, x.shape[1]) for x in (q, k))
-    run = dict(scale=static.scale, sms=static.sms, interpret=static.interpret)
+    run: dict[str, Any] = dict(scale=static.scale, sms=static.sms, interpret=static.interpret)
     dq, delta = attention_dq(work, by_query, q, k, v, out, dout, statistics, angles, **run)
     dk, dv = attention_dkv(work, by_key, q, k, v, dout, statistics, delta, angles, **run)
     return (
