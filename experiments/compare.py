@@ -1,7 +1,7 @@
 """Compare models on one data set: equal FLOPs per sample, equal batches, equal tuning, several seeds.
 
-    python experiments/compare.py movielens          # one H100: about 3 minutes; two CPU cores: hours
-    python experiments/compare.py synthetic
+    python experiments/compare.py movielens          # one H100: about 4 minutes; two CPU cores: hours
+    python experiments/compare.py synthetic          # one H100: about 3 minutes
 
 Every model is scaled along its declared recipe to the FLOPs per sample of the first one named, at the data set's mean
 lengths. Each tries the same settings with the same seeds and keeps the setting of the best mean validation NE; the test
@@ -116,16 +116,18 @@ def plot(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
         for i, result in enumerate(done.values()):
             values = [run["test"].get(f"{result['task']}/{metric}", np.nan) for run in result["runs"]]
             ax.plot(np.full(len(values), i), values, "o", color="0.7", markersize=4)
-            ax.errorbar(i, np.mean(values), np.std(values, ddof=1), fmt="s", color=f"C{i}", capsize=4)
+            spread = np.std(values, ddof=1) if len(values) > 1 else None
+            ax.errorbar(i, np.mean(values), spread, fmt="s", color=f"C{i}", capsize=4)
         ax.set_title(name)
     columns = ("flops_per_sample", "parameters", "samples_per_second")
     names = ("forward FLOPs per sample", "dense parameters", "training samples/s, one model alone")
     for ax, column, name in zip(axes[1], columns, names, strict=True):
         values = [result.get(column, 0) for result in done.values()]
+        ax.set_visible(any(values))  # not everything is measured everywhere
         ax.bar(place, values, color=[f"C{i}" for i in place])
         ax.set_title(name)
     for ax in axes.flat:
-        ax.set_xticks(place, list(done), rotation=20)
+        ax.set_xticks(place, list(done), rotation=20, ha="right")
         ax.grid(alpha=0.3, axis="y")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
