@@ -162,9 +162,12 @@ def registers(warpgroups: int, turned: bool, panels: int) -> tuple[int, int]:
     """Registers of a thread of the warpgroups that compute, and of the one that issues copies and may rotate tiles.
 
     panels: of all accumulators [BLOCK, 64] that a warpgroup keeps.
+
+    A block starts with the same number for every thread, a multiple of 8, and only moves registers about: more than
+    there were at the start would be waited for in vain.
     """
     if turned:
-        return (224, 64) if panels > 2 else (208, 96)
+        return (224, 56) if panels > 2 else (208, 88)
     return {2: (240, 24), 3: (160, 32)}[warpgroups]
 
 

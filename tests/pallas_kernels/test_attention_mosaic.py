@@ -17,7 +17,7 @@ from pallas_kernels.attention import rotary
 from pallas_kernels.attention import tables as tables_module
 from pallas_kernels.attention.backward_kv import dkv_scratch
 from pallas_kernels.attention.backward_q import dq_scratch
-from pallas_kernels.attention.common import blocks_seen, inside
+from pallas_kernels.attention.common import blocks_seen, inside, registers
 from pallas_kernels.attention.forward import forward_scratch
 from pallas_kernels.attention.tables import BLOCK, DealtWalk, RangeWalk, longest_first, ranges, read_gap, window_reach
 from pallas_kernels.attention.work import SeedQueries
@@ -154,6 +154,15 @@ def test_shared_memory_suffices(width):
     scratches = [forward_scratch(warpgroups=w, turned=w == 2, **static) for w in (2, 3)]
     scratches += [f(turned=turned, **static) for f in (dq_scratch, dkv_scratch) for turned in (False, True)]
     assert all(hopper.shared_bytes(s) <= hopper.SHARED_MEMORY for s in scratches)
+
+
+@pytest.mark.parametrize(("warpgroups", "turned"), [(2, False), (3, False), (2, True)])
+@pytest.mark.parametrize("panels", [1, 2, 4])
+def test_registers_are_moved_and_not_made(warpgroups, turned, panels):
+    compute, memory = registers(warpgroups, turned, panels)
+    at_start = 65536 // (128 * (warpgroups + 1)) // 8 * 8
+    assert warpgroups * compute + memory <= (warpgroups + 1) * at_start
+    assert compute % 8 == memory % 8 == 0
 
 
 @pytest.mark.parametrize(
