@@ -3,7 +3,7 @@
 #
 #   launch/local.sh 2 synthetic --parallel.data 2                    # two GPUs, one per process
 #   JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=2 \
-#     launch/local.sh 2 synthetic --parallel.data 2 --parallel.expert 2   # four simulated CPU devices
+#     launch/local.sh 2 synthetic --batch-size 256 --parallel.data 2 --parallel.expert 2   # four simulated CPU devices
 #
 # Arguments after the count are those of experiments/train.py. PYTHON names another interpreter, PORT another port.
 # Ends with the first exit code that is not 0, after all processes have ended.

@@ -1,0 +1,78 @@
+"""How processes find each other and agree; real ones run in tests/experiments/test_processes.py."""
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from kunlun_jax.processes import ProcessConfig, Vote, _meet, first_on_one, gather
+from kunlun_jax.sharding import ParallelConfig, make_mesh
+
+
+def free_port():
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+def meet(*settings, patience=5):
+    """What becomes of processes with these (index, count), each in a thread: None or its error."""
+    address = f"localhost:{free_port()}"
+
+    def one(setting):
+        index, count = setting
+        try:
+            _meet(ProcessConfig(count, index, address, patience))
+        except ConnectionError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(settings)) as pool:
+        return list(pool.map(one, settings))
+
+
+def test_processes_that_are_complete_meet():
+    assert meet((1, 3), (0, 3), (2, 3)) == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([(0, 3), (1, 3), (1, 3)], "there are two processes with index 1. Start 3 processes, each index once"),
+        ([(0, 2), (1, 3)], "process 1 expects 3 processes, process 0 expects 2"),
+    ],
+)
+def test_processes_that_do_not_fit_together_all_say_why(settings, message):
+    answers = meet(*settings)
+    for (index, count), answer in zip(settings, answers, strict=True):
+        assert answer.startswith(f"process {index}: {message.split('. Start')[0]}. Start {count} processes")
+
+
+def test_processes_that_do_not_come_are_named():
+    (alone,) = meet((0, 3), patience=1)
+    assert "process 0: processes [1, 2] of 3 did not come within 1 s" in alone
+    (lost,) = meet((1, 2), patience=1)
+    assert "process 1: process 0 did not answer at localhost:" in lost
+    port = free_port()
+    with socket.create_server(("", port)), pytest.raises(ConnectionError, match=rf"port {port} can't be used here"):
+        _meet(ProcessConfig(2, 0, f"localhost:{port}", 1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"count": 2, "index": 2}, r"processes.index is 2, but the launcher promised 2 process\(es\)"),
+        ({"count": 2}, r"processes.coordinator: 2 processes need the host:port of process 0, got None"),
+        ({"count": 2, "coordinator": "host"}, r"got 'host'"),
+        ({"count": 0}, r"count 0 and patience 50 must be at least 1"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ProcessConfig(**settings)
+
+
+def test_one_process_agrees_with_itself():
+    assert gather({"a": 1}) == [{"a": 1}]
+    assert first_on_one(lambda: 3) == 3
+    for vote in (Vote(None), Vote(make_mesh(ParallelConfig(data=2)))):
+        assert [vote(np.bool_(hand)) for hand in (False, True)] == [False, True]
