@@ -18,6 +18,7 @@ from pallas_kernels.attention.rotary import with_end
 from pallas_kernels.attention.tables import ranges, window_reach
 from pallas_kernels.attention.work import Window
 from pallas_kernels.jagged import vary_together
+from pallas_kernels.sliding_window import xla
 
 FORWARD_WARPGROUPS = 3
 
@@ -49,10 +50,15 @@ def mosaic_gpu(
     left: int,
     right: int,
     scale: float,
+    turn_inside: bool = False,
     sms: int | None = None,
     interpret=None,
 ):
-    """See `sliding_window_attention`."""
+    """See `sliding_window_attention`.
+
+    turn_inside: apply the angles inside the kernels instead of before them, in a pass of its own. Not yet the default:
+    those kernels are proved in the interpreter, and have not run on a GPU.
+    """
     if max_length == 0:
         return jnp.zeros_like(q)
     farthest = max_length - 1
@@ -63,7 +69,9 @@ def mosaic_gpu(
         hopper.sm_count() if sms is None else sms,
         interpret,
     )
-    if angles is not None:
+    if angles is not None and not turn_inside:
+        q, k = xla.rotated(q, k, starts, lengths, angles)
+    elif angles is not None:
         angles = lax.stop_gradient(angles)
         q, k, v, starts, lengths, angles = vary_together(q, k, v, starts, lengths, angles)
         return _attention(static, q, k, v, starts, lengths, with_end(angles))

@@ -59,11 +59,16 @@ def sliding_window_attention(
     if q.shape[0] == 0:
         return q
     if angles is not None:
-        used = segments(starts, lengths, q.shape[0]) < starts.shape[0]
-        angles = jnp.where(used[:, None], lax.stop_gradient(angles), 0)
-        q, k = _rotate(q, angles), _rotate(k, angles)
+        q, k = rotated(q, k, starts, lengths, angles)
     blocking = blocking or default_blocking(left, right, q.shape[1])
     return _attention(*vary_together(q, k, v, starts, lengths), left, right, scale, blocking)
+
+
+def rotated(q, k, starts, lengths, angles):
+    """q and k rotated, in a pass of its own; angles of rows outside the samples may be anything."""
+    used = segments(starts, lengths, q.shape[0]) < starts.shape[0]
+    angles = jnp.where(used[:, None], lax.stop_gradient(angles), 0)
+    return _rotate(q, angles), _rotate(k, angles)
 
 
 def _rotate(x, angles):

@@ -183,7 +183,9 @@ def test_window_kernels_are_lowered(window, width, heads, kv_heads, turned):
     def f(q, k, v, starts, lengths, angles):
         def attend(*x):
             static = dict(max_length=3000, left=left, right=right, scale=0.1, sms=132)
-            return window_mosaic.mosaic_gpu(*x, starts, lengths, angles if turned else None, **static)
+            return window_mosaic.mosaic_gpu(
+                *x, starts, lengths, angles if turned else None, turn_inside=turned, **static
+            )
 
         out, pull = jax.vjp(attend, q, k, v)
         return pull(out)
@@ -269,7 +271,7 @@ def test_rotary_angles_interpreted(width):
     (q, k, v, dout), used, spans = packed(rng, [70], (1, 1, 1, 1), width, jnp.bfloat16)
     angles = np.where(used[:, None], rng.uniform(-1000, 1000, (len(used), width // 2)), np.nan).astype(np.float32)
     static = dict(max_length=70, left=9, right=69, scale=width**-0.5)
-    run = functools.partial(window_mosaic.mosaic_gpu, sms=1, interpret=interpreter.RACES)
+    run = functools.partial(window_mosaic.mosaic_gpu, turn_inside=True, sms=1, interpret=interpreter.RACES)
     got = value_and_gradients(lambda *x: run(*x, *spans, jnp.asarray(angles), **static), q, k, v, dout=dout)
     wide = [jnp.where(used[:, None, None], x, 0).astype(jnp.float32) for x in (q, k, v, dout)]
     clean = jnp.asarray(np.where(used[:, None], angles, 0))
@@ -279,6 +281,9 @@ def test_rotary_angles_interpreted(width):
     check(("out", "q", "k", "v"), got, wanted, 6e-3)
     for name, x in zip(("out", "q", "k", "v"), got, strict=True):
         assert not np.asarray(x, np.float32)[~used].any(), name
+    if width == 64:
+        before = functools.partial(window_mosaic.mosaic_gpu, sms=1, interpret=interpreter.RACES)
+        check(("out",), [before(q, k, v, *spans, jnp.asarray(angles), **static)], wanted[:1], 6e-3)
 
 
 def test_turns_are_exact_far_from_zero():

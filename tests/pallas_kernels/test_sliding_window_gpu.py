@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hopper, sliding_window_attention
+from pallas_kernels.sliding_window import mosaic
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,6 +42,10 @@ def compiled(implementation, longest, window, turned):
     @jax.jit
     def run(q, k, v, do, starts, lengths, angles):
         def attend(*x):
+            if implementation == "turned inside":
+                left, right = window
+                static = dict(max_length=longest, left=left, right=right, scale=q.shape[2] ** -0.5, turn_inside=True)
+                return mosaic.mosaic_gpu(*x, starts, lengths, angles, **static)
             static = dict(max_length=longest, window=window, implementation=implementation)
             turns = dict(angles=angles) if turned else {}
             return sliding_window_attention(*x, starts=starts, lengths=lengths, **turns, **static)
@@ -65,13 +70,13 @@ def worst_error(got, wanted, starts, lengths):
     return worst
 
 
-def check(case, seed=0, turned=False):
+def check(case, seed=0, turned=False, implementation="mosaic_gpu"):
     window, shape = case
     operands, (starts, lengths), inside = batch(seed, **shape)
     angles = np.random.default_rng(seed).uniform(0, 1000, (len(inside), shape["width"] // 2)).astype(np.float32)
     angles[~inside] = np.nan
     arguments = starts, lengths, jnp.asarray(angles)
-    kernel = compiled("mosaic_gpu", shape["longest"], window, turned)
+    kernel = compiled(implementation, shape["longest"], window, turned)
     got, again = (kernel(*operands, *arguments) for _ in range(2))
     xla = compiled("xla", shape["longest"], window, turned)
     with jax.default_matmul_precision("highest"):
@@ -98,9 +103,11 @@ def test_values_and_gradients(name):
     check((window, dict(samples=60, longest=700) | shape))
 
 
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "turned inside"])
 @pytest.mark.parametrize("width", [64, 128])
-def test_rotary_angles(width):
-    check(((100, 30), dict(samples=60, longest=700, heads=4, kv_heads=2, width=width, dtype="bfloat16")), turned=True)
+def test_rotary_angles(width, implementation):
+    shape = dict(samples=60, longest=700, heads=4, kv_heads=2, width=width, dtype="bfloat16")
+    check(((100, 30), shape), turned=True, implementation=implementation)
 
 
 def test_memory_is_that_of_the_statistics():
