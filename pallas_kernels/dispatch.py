@@ -25,7 +25,7 @@ class Implementation:
     name: str
     run: Callable[..., Any]
     unsupported: Callable[..., str | None]
-    by_default: bool = True  # False: only when named (references, for tests)
+    only_named: str = ""  # why it runs only when named; empty: it need not be named
 
 
 def dispatch(operator: str, implementations: Sequence[Implementation], name: str | None, *args, **kwargs):
@@ -46,10 +46,8 @@ def dispatch(operator: str, implementations: Sequence[Implementation], name: str
 
     passed_over = []
     for implementation in implementations:
-        if not implementation.by_default:
-            continue
-        reason = implementation.unsupported(*args, **kwargs)
-        if reason is None:
+        reason = implementation.unsupported(*args, **kwargs) or implementation.only_named
+        if not reason:
             if passed_over:
                 # Python shows one warning per text and place: the user hears each reason once.
                 warnings.warn(

@@ -11,12 +11,12 @@ from pallas_kernels.gdpa.activations import per_head
 GDPA = (
     Implementation("mosaic_gpu", mosaic.mosaic_gpu, mosaic.unsupported),
     Implementation("xla", xla.xla, xla.unsupported),
-    Implementation("reference", reference.reference, reference.unsupported, by_default=False),
+    Implementation("reference", reference.reference, reference.unsupported, only_named="for tests"),
 )
 GDPA_BLOCK = (
     Implementation("mosaic_gpu", block.mosaic_gpu, mosaic.unsupported),
     Implementation("xla", block.xla, xla.unsupported),
-    Implementation("reference", block.reference, reference.unsupported, by_default=False),
+    Implementation("reference", block.reference, reference.unsupported, only_named="for tests"),
 )
 
 

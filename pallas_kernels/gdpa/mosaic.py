@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels import hopper
 from pallas_kernels.gdpa import mosaic_backward, xla
 from pallas_kernels.gdpa.mosaic_forward import gdpa_forward
-from pallas_kernels.gdpa.schedule import make_line, make_schedule
+from pallas_kernels.gdpa.schedule import Line, Schedule, make_line, make_schedule
 from pallas_kernels.gdpa.tiles import ForwardTiles, forward_tiles
 from pallas_kernels.jagged import vary_together
 
@@ -80,8 +80,11 @@ def _forward(static: Static, q, k, v, *spans):
     return vary_together(out, q)[0]
 
 
-def forward_order(*spans, rows: int, max_q_length: int, tiles: ForwardTiles):
+def forward_order(
+    q_starts, q_lengths, kv_starts, kv_lengths, *, rows: int, max_q_length: int, tiles: ForwardTiles
+) -> Line | Schedule:
     """In which order the forward kernel works, see `gdpa_forward`."""
+    spans = q_starts, q_lengths, kv_starts, kv_lengths
     if tiles.resident:
         return make_line(*spans, tiles.tiling)
     return make_schedule(*spans, rows=rows, max_q_length=max_q_length, q_chunk=tiles.q_rows)

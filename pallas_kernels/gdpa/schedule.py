@@ -202,7 +202,8 @@ class Deal:
         """The rows of a turn; those of the last one where turns have run out."""
         index = dealt_item(jnp.minimum(turn, self.count - 1), self.workers, self.worker)
         row = lax.div(index, self.heads)
-        return Item(*(self.schedule.items[row, c] for c in range(4)), lax.rem(index, self.heads))
+        q_row, q_rows, kv_row, kv_rows = (self.schedule.items[row, c] for c in range(4))
+        return Item(q_row, q_rows, kv_row, kv_rows, lax.rem(index, self.heads))
 
     def fill_gaps(self, fill, rows: int, size: int, worker, workers: int):
         """Call fill(row, count <= size) on the rows without work: a worker gets some gaps between samples and a part
