@@ -31,7 +31,7 @@ from kunlun_jax.flops import model_flops, total
 from kunlun_jax.mesh_learner import make_learner
 from kunlun_jax.models import build, name_of, named
 from kunlun_jax.plots import plot_run
-from kunlun_jax.processes import HOW_TO_GO_ON, ProcessConfig, Vote, end, finish, first_on_one, start
+from kunlun_jax.processes import HOW_TO_GO_ON, ProcessConfig, Vote, end, failed_exchange, finish, first_on_one, start
 from kunlun_jax.run import Run, load_samples, stop_on_sigterm
 from kunlun_jax.training import NonFiniteLoss, fit
 
@@ -183,14 +183,14 @@ def main() -> int:
         code = train(options.config, options.out, resume=options.resume)
         finish()
         return code
-    except (CheckpointError, NonFiniteLoss, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return end(1)
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except (CheckpointError, NonFiniteLoss, OSError, ValueError, jax.errors.JaxRuntimeError) as error:
+        if failed_exchange(error):
+            reason = f"an exchange failed ({str(error).splitlines()[0]})"
+            print(f"error: process {jax.process_index()}: {reason}. {HOW_TO_GO_ON}", file=sys.stderr)
+        elif isinstance(error, jax.errors.JaxRuntimeError):
             raise
-        reason = str(error).splitlines()[0]
-        print(f"error: process {jax.process_index()}: an exchange failed ({reason}). {HOW_TO_GO_ON}", file=sys.stderr)
+        else:
+            print(f"error: {error}", file=sys.stderr)
         return end(1)
 
 

@@ -10,6 +10,7 @@ leaves a sign of life with the coordinator every few seconds, and ends itself wi
 import contextlib
 import os
 import pickle
+import re
 import socket
 import sys
 import threading
@@ -195,6 +196,17 @@ def _give_up(config: ProcessConfig, reason: str) -> None:
     if not _ended.is_set():
         print(f"\nerror: process {config.index}: {reason}. {HOW_TO_GO_ON}", file=sys.stderr)
         end(1)
+
+
+def failed_exchange(error: Exception) -> bool:
+    """Is this what JAX raises where an exchange with another process breaks off?
+
+    A ValueError, too, where the failure reaches Python with an array's values; such a message begins with a status.
+    """
+    if jax.process_count() == 1:
+        return False
+    status = re.match(r"(ABORTED|INTERNAL|UNAVAILABLE|UNKNOWN): ", str(error))
+    return isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and status is not None)
 
 
 HOW_TO_GO_ON = (

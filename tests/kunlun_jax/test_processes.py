@@ -3,9 +3,11 @@
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 
+from kunlun_jax import processes
 from kunlun_jax.processes import ProcessConfig, Vote, _meet, first_on_one, gather
 from kunlun_jax.sharding import ParallelConfig, make_mesh
 
@@ -76,3 +78,17 @@ def test_one_process_agrees_with_itself():
     assert first_on_one(lambda: 3) == 3
     for vote in (Vote(None), Vote(make_mesh(ParallelConfig(data=2)))):
         assert [vote(np.bool_(hand)) for hand in (False, True)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed"), True),
+        (ValueError("UNKNOWN: Gloo AllGather failed: connection closed by peer"), True),
+        (ValueError("batch_size 5 doesn't divide over 2 devices"), False),
+    ],
+)
+def test_a_failed_exchange_is_told_from_other_errors(error, expected, monkeypatch):
+    assert not processes.failed_exchange(error)  # alone there is nobody to exchange with
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    assert processes.failed_exchange(error) == expected
