@@ -107,7 +107,7 @@ def test_a_run_leaves_everything_behind(undisturbed):
     assert 0 < summary["data"]["best_ne"]["test"] < 1
 
 
-@pytest.mark.parametrize("steps", [2, 7, 9])
+@pytest.mark.parametrize("steps", [7, 9])
 def test_a_killed_run_resumes_bit_for_bit(environment, undisturbed, tmp_path, steps):
     out = tmp_path / "killed"
     process = start(environment, "train.py", "synthetic", *SETTINGS, "--out", out)

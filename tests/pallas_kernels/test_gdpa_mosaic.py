@@ -36,7 +36,7 @@ def _patched_interpreter():
 
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize(
-    ("samples", "longest", "workers"), [(1, 700, 5), (9, 300, 4), (60, 40, 7), (5, 0, 3), (3, 200, 50)]
+    ("samples", "longest", "workers"), [(1, 700, 5), (9, 300, 4), (25, 40, 7), (5, 0, 3), (3, 200, 20)]
 )
 def test_a_line_gives_every_tile_to_one_worker_and_equal_shares(samples, longest, workers, many, monkeypatch):
     if many:  # the tables as for more samples than all pairs are compared of
