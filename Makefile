@@ -19,7 +19,7 @@ train: $(READY)
 	@$(PYTHON) experiments/train.py movielens --resume
 
 test: $(READY)
-	@$(PYTHON) -m pytest -n 2 --dist loadfile -m "not gpu"
+	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu"
 
 test-gpu: $(READY)
 	@$(PYTHON) -m pytest -m gpu

@@ -1,6 +1,6 @@
 """Kunlun's parts exchanged one at a time: what each changes in FLOPs, speed and NE, beside the paper's figures.
 
-    python experiments/ablation.py                            # one H100: about 4 minutes; two CPU cores: hours
+    python experiments/ablation.py                            # on a GPU; two CPU cores alone take hours
     python experiments/ablation.py --no-learn --no-speed      # FLOPs alone: seconds
 
 NE on the synthetic stream, whose labels depend on the sequences by construction: every row is tuned alike and repeated
@@ -192,11 +192,13 @@ def ablation(
         measured = dataclasses.replace(timing, model=ablated(row, timing.model))
         flops[row] = flops_of(measured)
         jobs += [Job(row, learned, GRID, measure=False)] * learn + [Job(f"{row}, speed", measured, None)] * speed
-    results = run_jobs(jobs, processes=processes, turns=1)
+    so_far = out / "ablation_so_far.json"
+    results = run_jobs(jobs, processes=processes, turns=1, so_far=so_far)
     for row, count in flops.items():
         results[f"{row}, speed"] = {"flops_per_sample": count} | results.get(f"{row}, speed", {})
     options = [f"--{'' if on else 'no-'}{name}" for name, on in (("learn", learn), ("speed", speed))]
     write(results, f"python experiments/ablation.py {' '.join(options)}", learning, timing, out)
+    so_far.unlink(missing_ok=True)  # FLOPs alone need no job
 
 
 def write(results: dict[str, Any], command: str, learning: TrainConfig, timing: TrainConfig, out: Path) -> None:

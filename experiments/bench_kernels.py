@@ -106,7 +106,7 @@ def both_directions(shape: GdpaShape, implementation: str, f) -> list[Case]:
 
 
 def gdpa(config: Bench) -> None:
-    """Generalised dot-product attention: bench_gdpa.json and bench_gdpa.png. One H100: about seven minutes."""
+    """Generalised dot-product attention: bench_gdpa.json and bench_gdpa.png."""
     from pallas_kernels import gdpa
 
     def call(shape, implementation, q, k, v, spans):
@@ -146,7 +146,7 @@ def gdpa_block(config: Bench) -> None:
 
 
 def sliding_window(config: Bench) -> None:
-    """Sliding-window attention: bench_sliding_window.json and .png. One H100: about two minutes."""
+    """Sliding-window attention: bench_sliding_window.json and .png."""
     path = config.out / "bench_sliding_window.json"
     rows = time_all(window_cases(), path, only=config.only, rounds=config.rounds, about=dict(dtype="bfloat16"))
     rivals = flex_rows(WINDOW_SHAPES[0]) if config.only in f"{WINDOW_SHAPES[0].name} flex" else []
@@ -157,7 +157,7 @@ def sliding_window(config: Bench) -> None:
 
 
 def seed_pooling(config: Bench) -> None:
-    """Attention of shared seeds: bench_seed_pooling.json and .png. One H100: about a minute."""
+    """Attention of shared seeds: bench_seed_pooling.json and .png."""
     path = config.out / "bench_seed_pooling.json"
     rows = time_all(seed_cases(), path, only=config.only, rounds=config.rounds, about=dict(dtype="bfloat16"))
     plot_roofline(rows, path.with_suffix(".png"), f"Seed attention on one {jax.devices()[0].device_kind}, bfloat16")

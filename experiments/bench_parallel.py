@@ -1,7 +1,7 @@
 """Measure training over several devices, and model on paper how it grows to thousands.
 
-    python experiments/bench_parallel.py measure                    # one and two GPUs: about three minutes
-    python experiments/bench_parallel.py quality                    # c = 1 against c = R: ten minutes on CPUs
+    python experiments/bench_parallel.py measure                    # one and two GPUs
+    python experiments/bench_parallel.py quality                    # c = 1 against c = R, on CPUs
     python experiments/bench_parallel.py paper                      # from the measured numbers, seconds
 
 Each writes its part of experiments/results/bench_parallel.json (`paper` the plot as well).

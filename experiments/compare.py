@@ -1,7 +1,9 @@
 """Compare models on one data set: equal FLOPs per sample, equal batches, equal tuning, several seeds.
 
-    python experiments/compare.py movielens          # one H100: about 4 minutes; two CPU cores: hours
-    python experiments/compare.py synthetic          # one H100: about 3 minutes
+    python experiments/compare.py movielens
+    python experiments/compare.py synthetic
+
+For a GPU with many CPU cores beside it; two cores alone take hours.
 
 Every model is scaled along its declared recipe to the FLOPs per sample of the first one named, at the data set's mean
 lengths. Each tries the same settings with the same seeds and keeps the setting of the best mean validation NE; the test
@@ -178,7 +180,9 @@ def compare(
         }
     configs = equal_flops(configs)
     jobs = [Job(named(n).title, c, GRIDS[preset]) for n, c in configs.items()]
-    write(preset, run_jobs(jobs, processes=processes, turns=1), configs, out)
+    so_far = out / f"compare_{preset}_so_far.json"
+    write(preset, run_jobs(jobs, processes=processes, turns=1, so_far=so_far), configs, out)
+    so_far.unlink()
 
 
 def write(preset: str, results: dict[str, dict[str, Any]], configs: dict[str, TrainConfig], out: Path) -> None:

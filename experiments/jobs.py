@@ -15,12 +15,14 @@ import statistics
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kunlun_jax.config import TrainConfig, to_dict
 from kunlun_jax.metrics import entropy
+from kunlun_jax.run import write_json
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share the device
 PARTS = ("validation", "test")
@@ -62,16 +64,15 @@ class Job:
     measure: bool = True
 
 
-def run_jobs(
-    jobs: Sequence[Job], *, processes: int, turns: int, on_result: Callable[[dict[str, Any]], None] = lambda _: None
-) -> dict[str, dict[str, Any]]:
+def run_jobs(jobs: Sequence[Job], *, processes: int, turns: int, so_far: Path) -> dict[str, dict[str, Any]]:
     """The results of all jobs by label; a failed one holds its "error".
 
     Args:
       processes: at most so many at a time.
       turns: so many of them train at a time.
-      on_result: receives all results so far after each one.
+      so_far: a file that holds all results after each one, for a run that does not come to its end.
     """
+    so_far.parent.mkdir(parents=True, exist_ok=True)
     waiting, results, alive = list(enumerate(jobs)), {}, {}
     ready, training, timers = [], set(), []
 
@@ -86,7 +87,7 @@ def run_jobs(
 
     def note(label, values):
         results[label] = results.get(label, {}) | values
-        on_result(results)
+        write_json(so_far, results)
 
     while waiting or len(alive) > len(timers):
         while waiting and len(alive) - len(timers) < processes:

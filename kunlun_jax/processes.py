@@ -178,7 +178,7 @@ def _watch(config: ProcessConfig) -> None:
         try:
             client.key_value_set(f"{_ALIVE}/{config.index}", str(count), allow_overwrite=True)
             seen = dict(client.key_value_dir_get(_ALIVE))
-        except Exception as error:
+        except Exception as error:  # whatever it is: a watch that ends silently is worse than none
             _give_up(config, f"process 0, the coordinator, does not answer ({str(error).splitlines()[0]})")
             return
         now = time.monotonic()

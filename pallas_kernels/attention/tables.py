@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.gdpa.schedule import PAIRWISE, dealt, dealt_item, sort_descending
+from pallas_kernels.schedule import PAIRWISE, dealt, dealt_item, sort_descending
 
 BLOCK = 64  # rows of one wgmma: of queries, or of keys
 

@@ -3,7 +3,7 @@
 The norms span all heads, and no block of the GDPA kernels sees all heads of a row: they are XLA's. On the kernels' path
 they are written so that XLA makes one kernel of each side of GDPA, which reads and writes every tensor once: rows are
 flat, as XLA only keeps a row in registers over its last axis, and the gradients are in closed form, where automatic
-ones pass over the rows up to ten times.
+ones pass over the rows several times.
 """
 
 import jax

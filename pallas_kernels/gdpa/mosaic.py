@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from pallas_kernels import hopper
 from pallas_kernels.gdpa import mosaic_backward, xla
 from pallas_kernels.gdpa.mosaic_forward import gdpa_forward
-from pallas_kernels.gdpa.schedule import Line, Schedule, make_line, make_schedule
 from pallas_kernels.gdpa.tiles import ForwardTiles, forward_tiles
 from pallas_kernels.jagged import vary_together
+from pallas_kernels.schedule import Line, Schedule, make_line, make_schedule
 
 
 class Static(NamedTuple):

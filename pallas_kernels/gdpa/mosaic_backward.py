@@ -15,7 +15,7 @@ from pallas_kernels import hopper
 from pallas_kernels.gdpa.mosaic_backward_common import COMPUTE, TILE
 from pallas_kernels.gdpa.mosaic_backward_fused import KEYS, gdpa_fused_backward
 from pallas_kernels.gdpa.mosaic_backward_split import KV_BLOCK, gdpa_dkv, gdpa_dq
-from pallas_kernels.gdpa.schedule import make_schedule, row_fills
+from pallas_kernels.schedule import make_schedule, row_fills
 
 ITEMS_PER_SM = 8  # below that, samples are cut for an even load
 FUSED_KEYS = 2 * KEYS  # every further pass would round dq once more

@@ -22,7 +22,7 @@ from jax import lax
 from pallas_kernels import hopper
 from pallas_kernels.gdpa import mosaic_backward_common as common
 from pallas_kernels.gdpa.mosaic_backward_common import COMPUTE, TILE
-from pallas_kernels.gdpa.schedule import Schedule, dealt, dealt_item
+from pallas_kernels.schedule import Schedule, dealt, dealt_item
 
 KV_BLOCK = 128  # keys of one step of the dq kernel, and of one item of the dk, dv kernel
 

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from pallas_kernels.gdpa.schedule import Tiling
 from pallas_kernels.hopper import SHARED_MEMORY
+from pallas_kernels.schedule import Tiling
 
 WARPGROUP_ROWS = 64  # query rows of one wgmma
 

@@ -123,10 +123,9 @@ def test_jobs_tune_repeat_measure_and_survive_a_failure(tmp_path):
     config = small(TrainConfig.synthetic_stream("dcnv2"))
     grid = jobs.Grid((1e-9, 1e-2), (0.0,), (2,), (0, 1), (1.0,))
     broken = dataclasses.replace(config, synthetic=dataclasses.replace(config.synthetic, train=1))
-    seen = []
     results = jobs.run_jobs(
         [jobs.Job("DCNv2", config, grid), jobs.Job("broken", broken, grid)], processes=2, turns=1,
-        on_result=lambda r: seen.append(sorted(r)),
+        so_far=tmp_path / "so_far.json",
     )  # fmt: skip
     assert "training labels are" in results["broken"]["error"]
     done = results["DCNv2"]
@@ -135,7 +134,7 @@ def test_jobs_tune_repeat_measure_and_survive_a_failure(tmp_path):
     assert done["best"]["validation_ne"] == min(t["validation_ne"] for t in done["tried"])
     assert done["best"]["validation_ne"] == pytest.approx(np.mean([r["validation"]["click/ne"] for r in done["runs"]]))
     assert done["samples_per_second"] > 0
-    assert seen[-1] == ["DCNv2", "broken"]
+    assert json.loads((tmp_path / "so_far.json").read_text()) == results
     compare.write("synthetic", results, {"dcnv2": config}, tmp_path)
     written = json.loads((tmp_path / "compare_synthetic.json").read_text())
     assert written["means"]["DCNv2"]["test"]["click/ne"]["standard_deviation"] > 0

@@ -12,7 +12,8 @@ from pallas_kernels import hopper
 from pallas_kernels.gdpa import mosaic, xla
 from pallas_kernels.gdpa.activations import ACTIVATIONS
 from pallas_kernels.gdpa.mosaic_forward import forward_scratch, gdpa_forward
-from pallas_kernels.gdpa.schedule import (
+from pallas_kernels.gdpa.tiles import ForwardTiles, forward_tiles
+from pallas_kernels.schedule import (
     Tiling,
     Walk,
     dealt,
@@ -23,7 +24,6 @@ from pallas_kernels.gdpa.schedule import (
     row_fills,
     sort_descending,
 )
-from pallas_kernels.gdpa.tiles import ForwardTiles, forward_tiles
 
 
 @pytest.fixture(autouse=True)
