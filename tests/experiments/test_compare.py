@@ -134,7 +134,7 @@ def test_jobs_tune_repeat_measure_and_survive_a_failure(tmp_path):
     assert done["best"]["validation_ne"] == min(t["validation_ne"] for t in done["tried"])
     assert done["best"]["validation_ne"] == pytest.approx(np.mean([r["validation"]["click/ne"] for r in done["runs"]]))
     assert done["samples_per_second"] > 0
-    assert json.loads((tmp_path / "so_far.json").read_text()) == results
+    assert json.loads((tmp_path / "so_far.json").read_text()) == json.loads(json.dumps(results))
     compare.write("synthetic", results, {"dcnv2": config}, tmp_path)
     written = json.loads((tmp_path / "compare_synthetic.json").read_text())
     assert written["means"]["DCNv2"]["test"]["click/ne"]["standard_deviation"] > 0
