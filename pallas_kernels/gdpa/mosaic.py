@@ -61,6 +61,8 @@ def _gdpa(static: Static, *operands):
     return _forward(static, *operands)
 
 
+# Under jit of their own, so that equal layers of a model are lowered once: a kernel takes seconds.
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(static: Static, q, k, v, *spans):
     if 0 in (static.max_q_length, static.max_kv_length):
         return jnp.zeros_like(q)
@@ -94,6 +96,7 @@ def _gdpa_fwd(static, *operands):
     return _forward(static, *operands), operands
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _gdpa_bwd(static: Static, operands, do):
     q, k, v, *spans = operands
     if 0 in (static.max_q_length, static.max_kv_length):

@@ -54,6 +54,8 @@ def _attention(static: Static, *operands):
     return _forward(static, *operands)[0]
 
 
+# Under jit of their own, so that equal layers of a model are lowered once: a kernel takes seconds.
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(static: Static, seeds, k, v, starts, lengths):
     S, H, D = seeds.shape
     work = SeedQueries(S, starts.size)
@@ -70,6 +72,7 @@ def _forward(static: Static, seeds, k, v, starts, lengths):
     return out.reshape(starts.size, S, H, D), (seeds, k, v, starts, lengths, out, statistics)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(static: Static, residuals, dout):
     seeds, k, v, starts, lengths, out, statistics = residuals
     S, H, _ = seeds.shape

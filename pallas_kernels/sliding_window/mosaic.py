@@ -92,6 +92,8 @@ def _attention(static: Static, *operands):
     return _forward(static, *operands)[0]
 
 
+# Under jit of their own, so that equal layers of a model are lowered once: a kernel takes seconds.
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(static: Static, q, k, v, starts, lengths, angles):
     tables = _ranges(static, q, starts, lengths, q.shape[1])
     warpgroups = FORWARD_WARPGROUPS if angles is None else 2
@@ -101,6 +103,7 @@ def _forward(static: Static, q, k, v, starts, lengths, angles):
     return out, (q, k, v, starts, lengths, angles, out, statistics)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _backward(static: Static, residuals, dout):
     q, k, v, starts, lengths, angles, out, statistics = residuals
     dout, work = dout.astype(q.dtype), _work(static, q, starts)
