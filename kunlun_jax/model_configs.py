@@ -190,6 +190,34 @@ class KunlunConfig:
         event = EventConfig(width=32, head_width=16, depth=3, n_seeds=16, n_tokens=4, window=32)
         return cls(events={"liked": event, "disliked": event}, width=32, generated=16, tau="one")
 
+    @classmethod
+    def gflops_6(cls) -> "KunlunConfig":
+        """6 GFLOPs per sample forward on `SyntheticConfig.gflops_6`; the few conversions get the deepest stack."""
+        clicked = EventConfig(width=256, head_width=64, depth=3, n_seeds=128, n_tokens=32, window=100)
+        converted = dataclasses.replace(clicked, depth=5)
+        return cls._production(clicked, converted, width=256, generated=256, experts=4, interaction_hidden=1024)
+
+    @classmethod
+    def gflops_60(cls) -> "KunlunConfig":
+        """60 GFLOPs per sample forward on `SyntheticConfig.gflops_60`; clicks get the widest stack."""
+        converted = EventConfig(width=512, head_width=128, depth=7, n_seeds=256, n_tokens=32, window=100)
+        clicked = dataclasses.replace(converted, width=768)
+        return cls._production(clicked, converted, width=512, generated=256, experts=4, interaction_hidden=512)
+
+    @classmethod
+    def gflops_180(cls) -> "KunlunConfig":
+        """180 GFLOPs per sample forward on `SyntheticConfig.gflops_180`."""
+        clicked = EventConfig(width=1024, head_width=128, depth=7, n_seeds=256, n_tokens=64, window=100)
+        return cls._production(clicked, clicked, width=1024, generated=512, experts=8, interaction_hidden=512)
+
+    @classmethod
+    def _production(cls, clicked: EventConfig, converted: EventConfig, *, width: int, **sizes) -> "KunlunConfig":
+        """Views at half the model's width and as deep as clicks; products in bfloat16."""
+        viewed = dataclasses.replace(clicked, width=width // 2)
+        events = {"clicked": clicked, "converted": converted, "viewed": viewed}
+        depth = max(event.depth for event in events.values())
+        return cls(events=events, width=width, depth=depth, head_hidden=(256,), dtype="bfloat16", **sizes)
+
     def recipe(self) -> Iterator["KunlunConfig"]:
         """Ours [choice]: depth up to 5, odd ones, since CompSkip leaves even ones a dead layer; then d and each d_e at
         fixed D; then F and the seeds; then experts."""
@@ -318,6 +346,15 @@ class WukongConfig:
         """MovieLens-100K on two CPU cores."""
         return cls()
 
+    @classmethod
+    def gflops_6(cls) -> "WukongConfig":
+        """As many FLOPs as `KunlunConfig.gflops_6`, in 1.8 billion parameters: its products meet one row per sample, so
+        FLOPs are parameters here, and ten times as many would fill several cards."""
+        return cls(
+            width=768, depth=8, factorised=256, compressed=256, rank=64, hidden=(960,), head_hidden=(256,),
+            dtype="bfloat16",
+        )  # fmt: skip
+
     def recipe(self) -> Iterator["WukongConfig"]:
         """The paper's: first l up to 4, then n_F, n_L, k and the MLP together."""
         for depth in range(1, 5):
@@ -440,6 +477,25 @@ class InterFormerConfig:
     def movielens(cls) -> "InterFormerConfig":
         """MovieLens-100K on two CPU cores; narrow, as full attention takes what Kunlun spends on width."""
         return cls(width=16, head_width=8, depth=3)
+
+    @classmethod
+    def gflops_6(cls) -> "InterFormerConfig":
+        """As many FLOPs as `KunlunConfig.gflops_6`; narrow, since full attention takes most of them."""
+        return cls._production(width=128, head_width=64, depth=3, hidden=512, cross_rank=128)
+
+    @classmethod
+    def gflops_60(cls) -> "InterFormerConfig":
+        """As many FLOPs as `KunlunConfig.gflops_60`."""
+        return cls._production(width=512, head_width=128, depth=4, hidden=256, cross_rank=64)
+
+    @classmethod
+    def gflops_180(cls) -> "InterFormerConfig":
+        """As many FLOPs as `KunlunConfig.gflops_180`, within 5 %."""
+        return cls._production(width=960, head_width=64, depth=4, hidden=512, cross_rank=128)
+
+    @classmethod
+    def _production(cls, **sizes) -> "InterFormerConfig":
+        return cls(n_sum=32, head_hidden=(256,), dtype="bfloat16", **sizes)
 
     def recipe(self) -> Iterator["InterFormerConfig"]:
         """Ours [choice]: depth up to 3, then d and heads together with the MLPs, whose width closes the gaps."""

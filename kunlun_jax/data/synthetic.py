@@ -7,12 +7,14 @@ The logit of a sample is
     + set_sequence · (1 if the category occurs among the clicked events, else -1)           (set × sequence)
     + decay · (2 tanh(Σ over viewed events of the category of 2^(-age / half_life)) - 1)    (time decay)
 
-so the last two terms need the history, and the last one needs its times. Every input of the logit survives binding:
-brands without a row of their own share one effect, as they share the out-of-vocabulary row, and the user, whose id is
-hashed, has none. What a perfect model could reach is therefore reachable.
+so the last two terms need the history, and the last one needs its times. Conversions, where there are any, and noise
+fields have no effect: they are there to be ignored, and to give the stream a production model's shape. Every input of
+the logit survives binding: brands without a row of their own share one effect, as they share the out-of-vocabulary row,
+and the user, whose id is hashed, has none. What a perfect model could reach is therefore reachable.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -33,6 +35,10 @@ class SyntheticConfig:
       fill: mean length over `max_length`; lengths spread over all of [0, max_length] unless it is 1.
       known_brands: brands with a row of their own, out of `brands`.
       user_rows: rows that `users` ids are hashed onto.
+      conversions: max_length of a third event type "converted"; 0 leaves it out.
+      set_noise: sparse set fields without effect, each with `noise_rows` rows of its own in one table.
+      event_noise: sparse fields without effect of every event, which share a table of `item_rows` rows.
+      event_numbers: dense fields of every event; 0 is the dwell time of clicks alone, which has no effect either.
       mean_gap: between successive events, and between the last one and the request.
       set_set, set_sequence, decay: strengths in logits of the three planted effects.
 
@@ -54,6 +60,12 @@ class SyntheticConfig:
     max_tags: int = 3
     users: int = 1_000_000
     user_rows: int = 1_000
+    conversions: int = 0
+    set_noise: int = 0
+    noise_rows: int = 1_000
+    event_noise: int = 0
+    item_rows: int = 10_000
+    event_numbers: int = 0
     mean_gap: float = 3_600.0
     half_life: float = 14_400.0
     bias: float = -0.5
@@ -66,11 +78,12 @@ class SyntheticConfig:
 
     def __post_init__(self):
         for name in ("train", "validation", "test", "max_length", "segments", "categories", "brands", "known_brands",
-                     "tags", "max_tags", "users", "user_rows", "width"):  # fmt: skip
+                     "tags", "max_tags", "users", "user_rows", "noise_rows", "item_rows", "width"):  # fmt: skip
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"SyntheticConfig: {name} is {value}; need at least 1")
-        if self.seed < 0:
-            raise ValueError(f"SyntheticConfig: seed is {self.seed}; need at least 0")
+        for name in ("seed", "conversions", "set_noise", "event_noise", "event_numbers"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"SyntheticConfig: {name} is {value}; need at least 0")
         if not 0 < self.fill <= 1:
             raise ValueError(f"SyntheticConfig: fill is {self.fill}; need 0 < fill ≤ 1")
         for name in ("mean_gap", "half_life"):
@@ -83,6 +96,37 @@ class SyntheticConfig:
             raise ValueError(f"SyntheticConfig: known_brands {self.known_brands} exceeds brands {self.brands}")
         if self.max_tags > self.tags:
             raise ValueError(f"SyntheticConfig: max_tags {self.max_tags} exceeds tags {self.tags}")
+
+    @classmethod
+    def gflops_6(cls, **changes: Any) -> "SyntheticConfig":
+        """The stream of the model presets of that size: 128 set tokens, 1000, 250 and 1000 events at most."""
+        return cls._production(set_tokens=128, conversions=250, **changes)
+
+    @classmethod
+    def gflops_60(cls, **changes: Any) -> "SyntheticConfig":
+        """256 set tokens, 1000, 500 and 1000 events at most."""
+        return cls._production(set_tokens=256, conversions=500, **changes)
+
+    gflops_180 = gflops_60  # the same stream, a larger model
+
+    @classmethod
+    def _production(cls, *, set_tokens: int, **changes: Any) -> "SyntheticConfig":
+        # Six tokens are the fields with an effect. 3 × 64 embedding columns, 5 numbers, 2 times and a recency make 200
+        # inputs per event, rows of whole 16 bytes in bfloat16.
+        sizes = dict(max_length=1000, set_noise=set_tokens - 6, event_noise=2, event_numbers=5, width=64)
+        rows = dict(user_rows=100_000, noise_rows=10_000, item_rows=1_000_000)
+        return cls(**{**sizes, **rows, **changes})
+
+    @property
+    def max_lengths(self) -> dict[str, int]:
+        """Of the event types, by name."""
+        lengths = {"clicked": self.max_length, "converted": self.conversions, "viewed": self.max_length}
+        return {name: length for name, length in lengths.items() if length}
+
+    def numbers(self, event: str) -> list[str]:
+        """Names of an event type's dense fields."""
+        first = ["dwell"] if event == "clicked" else ["number_0"][: self.event_numbers]
+        return first + [f"number_{i}" for i in range(1, self.event_numbers)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,10 +176,13 @@ def make_schema(config: SyntheticConfig) -> FeatureSchema:
     rows = {
         "user": config.user_rows, "segment": config.segments, "category": config.categories,
         "brand": config.known_brands + 1, "tag": config.tags,
+        "noise": config.set_noise * config.noise_rows, "item": config.item_rows * bool(config.event_noise),
     }  # fmt: skip
-    category = (SparseField("category", "category"),)
+    of_events = (
+        SparseField("category", "category"), *(SparseField(f"noise_{i}", "item") for i in range(config.event_noise))
+    )  # fmt: skip
     return FeatureSchema(
-        tables=tuple(Table(name, count, config.width) for name, count in rows.items()),
+        tables=tuple(Table(name, count, config.width) for name, count in rows.items() if count),
         dense=(DenseField("price", scope="candidate"),),
         sparse=(
             SparseField("user", "user", out_of_range="hash"),
@@ -143,10 +190,11 @@ def make_schema(config: SyntheticConfig) -> FeatureSchema:
             SparseField("category", "category", scope="candidate"),
             SparseField("brand", "brand", scope="candidate", out_of_range="out_of_vocabulary"),
             SparseField("tags", "tag", scope="candidate", max_ids=config.max_tags),
+            *(SparseField(f"noise_{i}", "noise") for i in range(config.set_noise)),
         ),
-        events=(
-            EventType("clicked", config.max_length, sparse=category, dense=(DenseField("dwell"),)),
-            EventType("viewed", config.max_length, sparse=category),
+        events=tuple(
+            EventType(name, length, sparse=of_events, dense=tuple(map(DenseField, config.numbers(name))))
+            for name, length in config.max_lengths.items()
         ),
         tasks=("click",),
         group="user",
@@ -170,7 +218,8 @@ def _draw(config, schema, effects, size: int, rng: np.random.Generator) -> tuple
 
     events, ages, owners = {}, {}, {}
     for name, choices in favourites.items():
-        events[name], ages[name], owners[name] = _draw_events(config, choices, request_time, rng)
+        drawn = _draw_events(config, config.max_length, choices, request_time, rng)
+        events[name], ages[name], owners[name] = drawn
     matches = {name: e.columns["category"] == category[owners[name]] for name, e in events.items()}
     clicked = np.bincount(owners["clicked"], matches["clicked"], size) > 0
     recent = np.bincount(owners["viewed"], matches["viewed"] * np.exp2(-ages["viewed"] / config.half_life), size)
@@ -187,6 +236,11 @@ def _draw(config, schema, effects, size: int, rng: np.random.Generator) -> tuple
     )
     dwell = rng.exponential(size=len(ages["clicked"]))
     events["clicked"] = replace(events["clicked"], columns={**events["clicked"].columns, "dwell": dwell})
+    if config.conversions:
+        choices = rng.integers(config.categories, size=(size, FAVOURITES))
+        events["converted"], *_ = _draw_events(config, config.conversions, choices, request_time, rng)
+    events = {name: _with_noise(config, name, e, rng) for name, e in events.items()}
+    noise = rng.integers(config.noise_rows, size=(config.set_noise, size))
     samples = Samples.bind(
         schema,
         dense={"price": price},
@@ -196,6 +250,7 @@ def _draw(config, schema, effects, size: int, rng: np.random.Generator) -> tuple
             "category": category,
             "brand": brand,
             "tags": tags,
+            **{f"noise_{i}": ids + i * config.noise_rows for i, ids in enumerate(noise)},
         },
         events=events,
         request_time=request_time,
@@ -205,12 +260,16 @@ def _draw(config, schema, effects, size: int, rng: np.random.Generator) -> tuple
 
 
 def _draw_events(
-    config: SyntheticConfig, choices: Int[np.ndarray, "n favourites"], request_time: Int[np.ndarray, "n"], rng
+    config: SyntheticConfig,
+    max_length: int,
+    choices: Int[np.ndarray, "n favourites"],
+    request_time: Int[np.ndarray, "n"],
+    rng,
 ) -> tuple[Events, np.ndarray, np.ndarray]:
     """Events of one type, their ages in seconds, and the sample that each belongs to."""
     size = len(choices)
     share = np.ones(size) if config.fill == 1 else rng.beta(2 * config.fill, 2 - 2 * config.fill, size)
-    lengths = np.rint(share * config.max_length).astype(np.int64)
+    lengths = np.rint(share * max_length).astype(np.int64)
     stop = np.cumsum(lengths)
     start = stop - lengths
     owner = np.repeat(np.arange(size), lengths)
@@ -220,6 +279,14 @@ def _draw_events(
     age = until[stop][owner] - until[span_index(start, lengths)]
     category = choices[owner, rng.integers(FAVOURITES, size=len(owner))]
     return Events({"category": category}, request_time[owner] - age, start, stop), age, owner
+
+
+def _with_noise(config: SyntheticConfig, name: str, events: Events, rng) -> Events:
+    columns, count = dict(events.columns), len(events.time)
+    columns |= {f"noise_{i}": rng.integers(config.item_rows, size=count) for i in range(config.event_noise)}
+    missing = [number for number in config.numbers(name) if number not in columns]
+    columns |= {number: rng.standard_normal(count, np.float32) for number in missing}
+    return replace(events, columns=columns)
 
 
 def _entropy(logits):

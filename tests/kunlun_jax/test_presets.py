@@ -1,0 +1,49 @@
+"""The presets named by their FLOPs: what they cost by formula, where it goes, and what the kernels need of them."""
+
+import pytest
+
+from kunlun_jax.data.synthetic import SyntheticConfig, make_schema
+from kunlun_jax.flops import model_flops, sequence_share, total
+from kunlun_jax.model_configs import InterFormerConfig, KunlunConfig, WukongConfig
+
+SIZES = (6, 60, 180)
+
+
+def preset(config, size):
+    return getattr(config, f"gflops_{size}")()
+
+
+def counted(config, size):
+    """The preset's FLOPs by module on its own stream with every sequence at its full length."""
+    schema = make_schema(preset(SyntheticConfig, size))
+    full = {event.name: event.max_length for event in schema.events}
+    return model_flops(preset(config, size), schema, full)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_kunlun_costs_what_its_name_says_mostly_for_sequences(size):
+    flops = counted(KunlunConfig, size)
+    assert total(flops) == pytest.approx(size * 1e9, rel=0.05)
+    assert sequence_share(flops) >= 0.7
+
+
+@pytest.mark.parametrize(("config", "size"), [(WukongConfig, 6), *((InterFormerConfig, size) for size in SIZES)])
+def test_baselines_cost_the_same(config, size):
+    assert total(counted(config, size)) == pytest.approx(total(counted(KunlunConfig, size)), rel=0.05)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_streams_have_the_set_tokens_and_event_types_of_the_preset(size):
+    schema, config = make_schema(preset(SyntheticConfig, size)), preset(KunlunConfig, size)
+    assert config.check(schema).set_tokens(schema) == (128 if size == 6 else 256)
+    lengths = {event.name: event.max_length for event in schema.events}
+    assert lengths == {"clicked": 1000, "converted": 250 if size == 6 else 500, "viewed": 1000}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_kernels_and_compskip_are_used_to_the_full(size):
+    config = preset(KunlunConfig, size)
+    assert not config.dead_layers()  # odd depths
+    assert config.dtype == "bfloat16"
+    assert all(e.head_width in (64, 128) for e in config.events.values())
+    assert config.events["viewed"].width == config.width // 2
