@@ -1,7 +1,6 @@
-"""Cases of the softmax attention operators for bench_kernels.py: sliding windows and seed pooling, with their rivals.
+"""Cases of the softmax attention operators for bench_kernels.py: sliding windows and seed pooling, with cuDNN.
 
 cuDNN takes dense batches and, without a causal mask, no window to the right: it stands beside the one-sided window.
-FlexAttention needs torch and is timed by its own events.
 """
 
 import dataclasses
@@ -165,56 +164,3 @@ def seed_cases() -> list[Case]:
 
             cases += both_directions(shape, implementation, call)
     return cases
-
-
-def flex_rows(shape: Shape) -> list[dict]:
-    """FlexAttention on one dense shape, compiled, by events; [] without torch."""
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-        from torch.nn.attention import flex_attention as flex  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return []
-    left, right = shape.window
-    size = shape.batch, shape.heads, shape.length, shape.width
-    q, k, v, do = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-
-    def near(b, h, i, j):
-        return (j >= i - left) & (j <= i + right)
-
-    mask = flex.create_block_mask(near, None, None, shape.length, shape.length, device="cuda")
-    attend = torch.compile(flex.flex_attention)
-
-    def forward():
-        return attend(q, k, v, block_mask=mask)
-
-    def milliseconds(f, calls=20):
-        f()
-        times = []
-        for _ in range(5):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(calls):
-                f()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end) / calls)
-        return float(np.median(times))
-
-    times = {"forward": milliseconds(forward)}
-    for x in (q, k, v):
-        x.requires_grad_()
-    out = forward()
-    times["backward"] = milliseconds(lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True))
-    products = 2.0 * shape.heads * shape.width * shape.pairs
-    return [
-        dict(
-            shape=shape.name,
-            implementation="flex",
-            direction=way,
-            ms=round(ms, 4),
-            tflops=round((2 if way == "forward" else 5) * products / ms / 1e9, 1),
-            roof_tflops=None,
-            about=f"torch {torch.__version__}, events over 20 calls",
-        )
-        for way, ms in times.items()
-    ]

@@ -5,15 +5,15 @@ python experiments/bench_kernels.py gdpa
 
 import dataclasses
 import functools
-import json
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from bench_attention import WINDOW_SHAPES, flex_rows, seed_cases, window_cases
-from kernel_timing import Case, plot_roofline, time_all
+from bench_attention import WINDOW_SHAPES, seed_cases, window_cases
+from kernel_timing import Case, add, plot_roofline, time_all
+from torch_rivals import flex_rows, gdpa_rows
 
 RESULTS = pathlib.Path("experiments/results")
 
@@ -118,8 +118,13 @@ def gdpa(config: Bench) -> None:
         for shape in shapes:
             cases += both_directions(shape, implementation, functools.partial(call, shape, implementation))
     about = dict(dtype="bfloat16", activation="gelu_tanh")
-    rows = time_all(cases, config.out / "bench_gdpa.json", only=config.only, rounds=config.rounds, about=about)
-    plot_roofline(rows, config.out / "bench_gdpa.png", f"GDPA on one {jax.devices()[0].device_kind}, bfloat16")
+    path = config.out / "bench_gdpa.json"
+    rows = time_all(cases, path, only=config.only, rounds=config.rounds, about=about)
+    if config.only in f"{FULL[0].name} torch":
+        first = FULL[0]
+        sizes = first.batch, first.lq, first.lkv, first.heads, first.width
+        rows = add(path, gdpa_rows(*sizes, cases=cases[:2], rounds=config.rounds))
+    plot_roofline(rows, path.with_suffix(".png"), f"GDPA on one {jax.devices()[0].device_kind}, bfloat16")
 
 
 def gdpa_block(config: Bench) -> None:
@@ -148,11 +153,10 @@ def gdpa_block(config: Bench) -> None:
 def sliding_window(config: Bench) -> None:
     """Sliding-window attention: bench_sliding_window.json and .png."""
     path = config.out / "bench_sliding_window.json"
-    rows = time_all(window_cases(), path, only=config.only, rounds=config.rounds, about=dict(dtype="bfloat16"))
-    rivals = flex_rows(WINDOW_SHAPES[0]) if config.only in f"{WINDOW_SHAPES[0].name} flex" else []
-    rows += rivals
-    if rivals:
-        path.write_text(json.dumps(json.loads(path.read_text()) | dict(rivals=rivals), indent=1) + "\n")
+    cases = window_cases()
+    rows = time_all(cases, path, only=config.only, rounds=config.rounds, about=dict(dtype="bfloat16"))
+    if config.only in f"{WINDOW_SHAPES[0].name} torch":
+        rows = add(path, flex_rows(WINDOW_SHAPES[0], cases[:2], config.rounds))
     plot_roofline(rows, path.with_suffix(".png"), f"Sliding window on one {jax.devices()[0].device_kind}, bfloat16")
 
 

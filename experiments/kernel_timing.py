@@ -57,16 +57,24 @@ def time_all(cases: list[Case], path: pathlib.Path, *, only: str, rounds: int, a
         if only not in name:
             continue
         try:
-            row = _row(case, _seconds(jax.jit(case.function), case.operands(), rounds))
+            measured = row(case, _seconds(jax.jit(case.function), case.operands(), rounds))
         except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
             # A case that doesn't fit, or that a rival refuses, must not cost the others; its earlier result goes.
             print(f"{name} {error!r}"[:400], flush=True)
             rows.pop((case.shape, case.implementation, case.direction), None)
             continue
-        share = f"{row['tflops']:6.1f} TFLOP/s, {100 * row['share_of_roof']:5.1f} % of the roof"
-        print(f"{name} {row['ms']:8.4f} ms {share}", flush=True)
-        rows[_identity(row)] = row
+        share = f"{measured['tflops']:6.1f} TFLOP/s, {100 * measured['share_of_roof']:5.1f} % of the roof"
+        print(f"{name} {measured['ms']:8.4f} ms {share}", flush=True)
+        rows[_identity(measured)] = measured
         path.write_text(json.dumps(dict(about=about, results=list(rows.values())), indent=1) + "\n")
+    return list(rows.values())
+
+
+def add(path: pathlib.Path, measured: list[dict]) -> list[dict]:
+    """Put rows that something else has timed into a file of `time_all`. Returns all rows of the file."""
+    file = json.loads(path.read_text())
+    rows = {_identity(r): r for r in file["results"] + measured}
+    path.write_text(json.dumps(file | dict(results=list(rows.values())), indent=1) + "\n")
     return list(rows.values())
 
 
@@ -97,7 +105,8 @@ def _seconds(f, operands, rounds: int) -> float:
     return float(np.median([(burst(BURST) - burst(1)) / (BURST - 1) for _ in range(rounds)]))
 
 
-def _row(case: Case, time_s: float) -> dict:
+def row(case: Case, time_s: float) -> dict:
+    """What the result file says of a case that took so many seconds per call."""
     roof_s = max(case.flops / PEAK_FLOPS, case.bytes / PEAK_BYTES)
     return dict(
         shape=case.shape,
