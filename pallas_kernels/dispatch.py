@@ -25,7 +25,7 @@ class Implementation:
     name: str
     run: Callable[..., Any]
     unsupported: Callable[..., str | None]
-    only_named: str = ""  # why it runs only when named; empty: it need not be named
+    for_tests: bool = False  # runs only when named
 
 
 def dispatch(operator: str, implementations: Sequence[Implementation], name: str | None, *args, **kwargs):
@@ -45,8 +45,8 @@ def dispatch(operator: str, implementations: Sequence[Implementation], name: str
         return chosen.run(*args, **kwargs)
 
     passed_over = []
-    for implementation in implementations:
-        reason = implementation.unsupported(*args, **kwargs) or implementation.only_named
+    for implementation in (i for i in implementations if not i.for_tests):
+        reason = implementation.unsupported(*args, **kwargs)
         if not reason:
             if passed_over:
                 # Python shows one warning per text and place: the user hears each reason once.

@@ -168,7 +168,7 @@ def registers(warpgroups: int, turned: bool, panels: int) -> tuple[int, int]:
     """
     if turned:
         return (224, 56) if panels > 2 else (208, 88)
-    return {2: (240, 24), 3: (160, 32)}[warpgroups]
+    return {2: (240, 24), 3: (160, 32), 4: (112, 32)}[warpgroups]
 
 
 def tables_and_angles(work, refs, turned: bool) -> tuple[Any, Any]:

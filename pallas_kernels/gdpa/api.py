@@ -11,12 +11,12 @@ from pallas_kernels.gdpa.activations import per_head
 GDPA = (
     Implementation("mosaic_gpu", mosaic.mosaic_gpu, mosaic.unsupported),
     Implementation("xla", xla.xla, xla.unsupported),
-    Implementation("reference", reference.reference, reference.unsupported, only_named="for tests"),
+    Implementation("reference", reference.reference, reference.unsupported, for_tests=True),
 )
 GDPA_BLOCK = (
     Implementation("mosaic_gpu", block.mosaic_gpu, mosaic.unsupported),
     Implementation("xla", block.xla, xla.unsupported),
-    Implementation("reference", block.reference, reference.unsupported, only_named="for tests"),
+    Implementation("reference", block.reference, reference.unsupported, for_tests=True),
 )
 
 

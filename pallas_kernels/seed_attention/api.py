@@ -14,11 +14,9 @@ def _supported(*args, **kwargs) -> None:
 
 
 IMPLEMENTATIONS = (
-    Implementation(
-        "mosaic_gpu", mosaic.mosaic_gpu, mosaic.unsupported, only_named="name it: its tests have yet to run"
-    ),
+    Implementation("mosaic_gpu", mosaic.mosaic_gpu, mosaic.unsupported),
     Implementation("xla", xla.seed_attention, _supported),
-    Implementation("reference", reference.seed_attention, _supported, only_named="for tests"),
+    Implementation("reference", reference.seed_attention, _supported, for_tests=True),
 )
 
 

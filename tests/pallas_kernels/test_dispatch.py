@@ -8,7 +8,7 @@ from pallas_kernels.dispatch import Implementation, SlowerPathWarning, dispatch
 
 FAST = Implementation("fast", lambda x: ("fast", x), lambda x: None if x > 0 else f"x is {x}, must be positive")
 SLOW = Implementation("slow", lambda x: ("slow", x), lambda x: None if x > -10 else f"x is {x}, must be above -10")
-CHECK = Implementation("check", lambda x: ("check", x), lambda x: None, only_named="for tests")
+CHECK = Implementation("check", lambda x: ("check", x), lambda x: None, for_tests=True)
 ALL = (FAST, SLOW, CHECK)
 
 
@@ -27,13 +27,6 @@ def test_a_reference_never_runs_unnamed():
     with pytest.raises(NotImplementedError, match=r"op: no implementation .*x is -20, must be positive.*above -10"):
         dispatch("op", ALL, None, -20)
     assert dispatch("op", ALL, "check", -20) == ("check", -20)
-
-
-def test_what_runs_only_when_named_is_passed_over_aloud():
-    new = Implementation("new", lambda x: ("new", x), lambda x: None, only_named="untried")
-    with pytest.warns(SlowerPathWarning, match=r"op runs on 'fast': 'new' passed over \(untried\)"):
-        assert dispatch("op", (new, *ALL), None, 1) == ("fast", 1)
-    assert dispatch("op", (new, *ALL), "new", 1) == ("new", 1)
 
 
 def test_a_named_implementation_runs_or_says_why_not():
