@@ -1,10 +1,13 @@
-"""Cases of the softmax attention operators for bench_kernels.py: sliding windows and seed pooling, with cuDNN.
+"""Cases of the softmax attention operators for bench_kernels.py: sliding windows and seed pooling, with cuDNN
+and tokamax.
 
-cuDNN takes dense batches and, without a causal mask, no window to the right: it stands beside the one-sided window.
+Both take dense batches. cuDNN, without a causal mask, takes no window to the right: it stands beside the one-sided
+window. tokamax is timed where it is installed, with the block sizes that it picks by itself, untuned.
 """
 
 import dataclasses
 import functools
+import importlib.util
 from typing import Any
 
 import jax
@@ -142,12 +145,22 @@ def window_cases() -> list[Case]:
             cases += both_directions(shape, implementation, call)
         if shape.window and shape.window[1] == 0:
             cases += both_directions(shape, "cudnn", functools.partial(_cudnn, shape))
+        if shape is WINDOW_SHAPES[0] and importlib.util.find_spec("tokamax"):
+            cases += both_directions(shape, "tokamax", functools.partial(_tokamax, shape))
     return cases
 
 
 def _cudnn(shape: Shape, q, k, v, starts, lengths):
     q, k, v = (x.reshape(shape.batch, shape.length, *x.shape[1:]) for x in (q, k, v))
     out = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=shape.window, implementation="cudnn")
+    return out.reshape(-1, *out.shape[2:])
+
+
+def _tokamax(shape: Shape, q, k, v, starts, lengths):
+    import tokamax  # pyright: ignore[reportMissingImports]
+
+    q, k, v = (x.reshape(shape.batch, shape.length, *x.shape[1:]) for x in (q, k, v))
+    out = tokamax.dot_product_attention(q, k, v, local_window_size=shape.window, implementation="mosaic")
     return out.reshape(-1, *out.shape[2:])
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -176,11 +177,14 @@ class Learner:
         return nnx.merge(self.graphdef, self._whole(params))(embed(self.schema, batch, rows, plans))
 
     def _gradients(self, params, tables, batch: Batch) -> Gradients:
-        rows, plans, requests = self._look_up(tables, batch)
+        with jax.named_scope("tables"):
+            rows, plans, requests = self._look_up(tables, batch)
         total = self._total_weight(batch)
 
         def loss_of(params, rows):
-            logits = nnx.merge(self.graphdef, params)(embed(self.schema, batch, rows, plans))
+            with jax.named_scope("tables"):
+                embedded = embed(self.schema, batch, rows, plans)
+            logits = nnx.merge(self.graphdef, params)(embedded)
             return log_loss(logits, batch, total), logits
 
         differentiate = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
@@ -191,19 +195,26 @@ class Learner:
         """What a device does with its batch shard: everything but the dense parameters' step."""
         gradients, finite = self._combine(self._gradients(state.params, state.tables, batch))
         healthy = state.healthy & finite
-        tables, touched = self._update_tables(state, gradients, healthy)
+        with jax.named_scope("tables"):
+            tables, touched = self._update_tables(state, gradients, healthy)
         return gradients.loss, gradients.logits, gradients.flat, healthy, tables, touched
 
     def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
         loss, logits, grads, healthy, tables, touched = self._run(state, batch)
-        params = self._as_flat(state.params)
-        updates, optimizer = self.optimizer.update(grads, state.optimizer, params)
-        keep = partial(jax.tree.map, lambda new, old: jnp.where(healthy, new, old))
+        # Between the barriers the optimiser is one pass over its operands, in place. Without them XLA repeats it for
+        # every parameter that is cut from the flat ones, and copies the moments, since those readers need the old ones.
+        with jax.named_scope("optimizer"):
+            params, grads = lax.optimization_barrier((self._as_flat(state.params), grads))
+            updates, optimizer = self.optimizer.update(grads, state.optimizer, params)
+            keep = partial(jax.tree.map, lambda new, old: jnp.where(healthy, new, old))
+            kept = keep((optax.apply_updates(params, updates), optimizer), (params, state.optimizer))
+            params, optimizer = lax.optimization_barrier(kept)
+            params = self._from_flat(params)
         new = TrainState(
             step=state.step + healthy,
             healthy=healthy,
-            params=self._from_flat(keep(optax.apply_updates(params, updates), params)),
-            optimizer=keep(optimizer, state.optimizer),
+            params=params,
+            optimizer=optimizer,
             tables=tables,
             touched=touched,
         )

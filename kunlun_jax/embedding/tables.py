@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -119,7 +120,12 @@ def embed(
         if missing := sorted({field.table for _, field in _fields(schema)} - set(given)):
             raise ValueError(f"embed: {what} lack the tables {missing}; pass what look_up returned for this schema")
 
+    single = {name: field.table for name, field in _fields(schema) if field.max_ids == 1}
+    read = {table: _read_together(rows[table], plans[table].places, single) for table in set(single.values())}
+
     def embedded(name: str, field: SparseField):
+        if name in single:
+            return read[field.table][name]
         return _mean_rows(rows[field.table], plans[field.table].places[name])
 
     events: dict[str, Jagged] = {}
@@ -131,12 +137,21 @@ def embed(
     return EmbeddedBatch(dense=batch.dense, sparse=sparse, events=events, request_index=batch.request_index)
 
 
+def _read_together(
+    rows: Float[Array, "n width"], places: Mapping[str, Int[Array, "*rest 1"]], single: Mapping[str, str]
+) -> dict[str, Float[Array, "*rest width"]]:
+    """Fields of one id each. One reading for all: its gradient is then one array of the table's size, not one each."""
+    names = [name for name in places if name in single]
+    flat = jnp.concatenate([places[name].reshape(-1) for name in names])
+    read = rows.at[flat].get(mode="fill", fill_value=0)
+    parts = jnp.split(read, np.cumsum([places[name].size for name in names])[:-1])
+    return {name: x.reshape(*places[name].shape[:-1], -1) for name, x in zip(names, parts, strict=True)}
+
+
 def _mean_rows(rows: Float[Array, "n width"], places: Int[Array, "*rest k"]) -> Float[Array, "*rest width"]:
     def read(places):
         return rows.at[places].get(mode="fill", fill_value=0)
 
-    if places.shape[-1] == 1:
-        return read(places[..., 0])
     # One id per sample or token after the other: [..., k, width] never exists, and on a CPU forward and backward take
     # a third of the time.
     columns = jnp.moveaxis(places, -1, 0)

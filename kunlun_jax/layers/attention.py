@@ -1,11 +1,10 @@
 """Self-attention of a sequence within a window."""
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from kunlun_jax.jagged import Jagged, over_shards
-from kunlun_jax.layers.mlp import linear
+from kunlun_jax.layers.mlp import in_parts, linear
 from kunlun_jax.layers.norm import layer_norm
 from pallas_kernels import sliding_window_attention
 
@@ -13,7 +12,7 @@ from pallas_kernels import sliding_window_attention
 class WindowAttention(nnx.Module):
     """S + W_o MHA(Norm(S)): softmax(q_t K_{[t−w, t+w]}ᵀ / √D) V with rotary q and k; pre-norm and residual [choice].
 
-    Query, key and value projections are one product. `window` None attends to the whole sequence.
+    `window` None attends to the whole sequence.
     """
 
     def __init__(
@@ -26,8 +25,8 @@ class WindowAttention(nnx.Module):
 
     def __call__(self, sequence: Jagged, angles: Float[Array, "P N half"]) -> Jagged:
         s = sequence.values
-        qkv = self.query_key_value(self.norm(s))
-        q, k, v = (x.reshape(*s.shape[:2], self.heads, -1) for x in jnp.split(qkv, 3, axis=-1))
+        projected = in_parts(self.query_key_value, self.norm(s), 3)
+        q, k, v = (x.reshape(*s.shape[:2], self.heads, -1) for x in projected)
 
         def attend(q, k, v, angles, starts, lengths):
             return sliding_window_attention(

@@ -1,11 +1,12 @@
 """The personalised feed-forward network: GDPA with keys and values generated from the set features."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from kunlun_jax.jagged import Jagged, from_padded, over_shards, to_padded
-from kunlun_jax.layers.mlp import MLP, cast, linear, normal
+from kunlun_jax.layers.mlp import MLP, cast, in_parts, linear, mix_tokens, normal
 from pallas_kernels import gdpa_block
 
 
@@ -13,7 +14,7 @@ class WeightGeneration(nnx.Module):
     """X [B, n, d] → X_sum [B, F, d_e] → K, V [B, F, H, D]; feeds only the keys and values of the GDPA-PFFN [fig].
 
     Compress maps the token axis n → F by a learned matrix, an MLP with one hidden layer of width d_e maps features
-    d → d_e [choice], and one product makes K_h = W1_h X_sum and V_h = W2_h X_sum of all heads.
+    d → d_e [choice], then K_h = W1_h X_sum and V_h = W2_h X_sum of all heads.
     """
 
     def __init__(
@@ -26,9 +27,10 @@ class WeightGeneration(nnx.Module):
 
     def __call__(self, x: Float[Array, "B n d"]) -> tuple[Float[Array, "B F H D"], Float[Array, "B F H D"]]:
         (compress,) = cast(self.dtype, self.compress)
-        x_sum = self.mlp(jnp.einsum("fn,bnd->bfd", compress, x.astype(self.dtype)))
-        kv = self.key_value(x_sum).reshape(*x_sum.shape[:2], 2, self.heads, self.head_width)
-        return kv[:, :, 0], kv[:, :, 1]
+        x_sum = self.mlp(mix_tokens(compress, x.astype(self.dtype)))
+        keys, values = in_parts(self.key_value, x_sum, 2)
+        by_head = (*x_sum.shape[:2], self.heads, self.head_width)
+        return keys.reshape(by_head), values.reshape(by_head)
 
 
 class PersonalisedFFN(nnx.Module):
@@ -57,7 +59,8 @@ class PersonalisedFFN(nnx.Module):
 
     def __call__(self, sequence: Jagged, x: Float[Array, "B n d"]) -> Jagged:
         s = sequence.values
-        keys, values = self.generate(x)
+        with jax.named_scope("weight_generation"):
+            keys, values = self.generate(x)
         samples, generated, heads, head_width = keys.shape
         shards, per_shard = sequence.starts.shape
         q = s.reshape(*s.shape[:2], heads, head_width)
@@ -98,7 +101,7 @@ class NaivePFFN(nnx.Module):
 
     def __call__(self, sequence: Jagged, x: Float[Array, "B n d"]) -> Jagged:
         compress, weight = cast(self.dtype, self.compress, self.weight)
-        x_sum = self.mlp(jnp.einsum("fn,bnd->bfd", compress, x.astype(self.dtype)))
+        x_sum = self.mlp(mix_tokens(compress, x.astype(self.dtype)))
         per_sample = jnp.einsum("bfi,fo->bio", x_sum, weight)
         padded, _ = to_padded(sequence)
         out = from_padded(jnp.einsum("bti,bio->bto", padded, per_sample), sequence)

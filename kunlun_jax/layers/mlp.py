@@ -17,6 +17,24 @@ def linear(inputs: int, outputs: int, *, dtype: str, rngs: nnx.Rngs, bias: bool 
     return nnx.Linear(inputs, outputs, use_bias=bias, dtype=jnp.dtype(dtype), param_dtype=jnp.float32, rngs=rngs)
 
 
+def in_parts(layer: nnx.Linear, x: Float[Array, "*rest inputs"], parts: int) -> list[Float[Array, "*rest outputs"]]:
+    """The result of a bias-free `layer` in `parts` equal pieces, each a product of its own.
+
+    Cutting one wide result copies all of it, since the pieces are operands of kernels; cutting the weights is free.
+    """
+    (kernel,) = cast(str(jnp.dtype(layer.dtype)), layer.kernel)
+    return [x.astype(layer.dtype) @ part for part in jnp.split(kernel, parts, axis=1)]
+
+
+def mix_tokens(weights: Float[Array, "*m o n"], x: Float[Array, "*m B n d"]) -> Float[Array, "*m B o d"]:
+    """Σ_n weights[o, n] x[b, n] for every sample b.
+
+    As a batched product with the weights repeated: one plain product over the middle axis of x makes XLA transpose x
+    before it and the result after it, which costs more than reading weights of about the size of a sample's tokens.
+    """
+    return jnp.broadcast_to(weights[..., None, :, :], (*x.shape[:-2], *weights.shape[-2:])) @ x
+
+
 class MLP(nnx.Module):
     """Linear maps with SiLU between them; none after the last [choice]."""
 

@@ -2,12 +2,11 @@
 
 from typing import Literal
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from kunlun_jax.jagged import Jagged, over_shards
-from kunlun_jax.layers.mlp import cast, linear, normal
+from kunlun_jax.layers.mlp import cast, in_parts, linear, mix_tokens, normal
 from kunlun_jax.layers.norm import layer_norm
 from pallas_kernels import seed_attention
 
@@ -17,7 +16,8 @@ Compression = Literal["sum_kron", "dense"]
 class SumKronLinear(nnx.Module):
     """Y_b = Σ_i Z_iᵀ X_b W_i: [B, S, d] → [B, T', d] with k(S·T' + d²) parameters instead of S·d·T'·d [2nd].
 
-    Z is multiplied first: the token axis shrinks, so it is the cheaper order.
+    Z is multiplied first: the token axis shrinks, so it is the cheaper order. The sum over i is part of the second
+    product.
     """
 
     def __init__(self, seeds: int, tokens: int, width: int, rank: int, *, dtype: str, rngs: nnx.Rngs):
@@ -27,7 +27,9 @@ class SumKronLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B S d"]) -> Float[Array, "B n d"]:
         z, w = cast(self.dtype, self.z, self.w)
-        return jnp.einsum("bktd,kde->bte", jnp.einsum("bsd,kst->bktd", x, z), w)
+        rank, seeds, tokens = z.shape
+        mixed = mix_tokens(z.transpose(2, 0, 1).reshape(tokens * rank, seeds), x)
+        return mixed.reshape(x.shape[0], tokens, -1) @ w.reshape(-1, w.shape[2])
 
 
 class DenseCompression(nnx.Module):
@@ -61,7 +63,7 @@ class SeedAttention(nnx.Module):
     def __call__(self, sequence: Jagged) -> Float[Array, "B S d"]:
         s = sequence.values
         q = self.query(self.norm(self.seeds[...])).reshape(self.seeds.shape[0], self.heads, -1)
-        k, v = (x.reshape(*s.shape[:2], self.heads, -1) for x in jnp.split(self.key_value(s), 2, axis=-1))
+        k, v = (x.reshape(*s.shape[:2], self.heads, -1) for x in in_parts(self.key_value, s, 2))
 
         def attend(k, v, starts, lengths):
             return seed_attention(

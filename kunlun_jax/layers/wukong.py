@@ -4,10 +4,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kunlun_jax.layers.mlp import cast
+from kunlun_jax.layers.mlp import cast, mix_tokens
 from kunlun_jax.sharding import ExpertParam, from_experts, to_experts
 
 ExpertInputs = Literal["sliced", "all"]
@@ -77,10 +78,14 @@ class WukongExperts(nnx.Module):
 
     def __call__(self, x: Float[Array, "B n_in d"]) -> Float[Array, "B n_out d"]:
         tokens = to_experts(self._deal(x.astype(self.dtype)), self.factor.shape[0])
-        parts = [self._factorisation(tokens)]
+        maps = cast(self.dtype, self.factor, self.residual)
+        maps[0] = maps[0].mT
         if hasattr(self, "linear_compression"):
-            parts.append(jnp.einsum("mon,mbnd->mbod", *cast(self.dtype, self.linear_compression), tokens))
-        residual = jnp.einsum("mon,mbnd->mbod", *cast(self.dtype, self.residual), tokens)
+            maps += cast(self.dtype, self.linear_compression)
+        # All maps of the token axis are one product.
+        sizes = np.cumsum([m.shape[1] for m in maps])
+        factors, residual, *linear = jnp.split(mix_tokens(jnp.concatenate(maps, axis=1), tokens), sizes[:-1], axis=2)
+        parts = [self._factorisation(tokens, factors), *linear]
         out = _layer_norm(jnp.concatenate(parts, axis=2) + residual, self.scale, self.bias, self.dtype)
         out = from_experts(out, self.experts)
         return out.transpose(1, 0, 2, 3).reshape(x.shape[0], -1, self.width)
@@ -90,11 +95,10 @@ class WukongExperts(nnx.Module):
             return jnp.broadcast_to(x, (self.experts, *x.shape))
         return x.reshape(x.shape[0], -1, self.experts, self.width).transpose(2, 0, 1, 3)
 
-    def _factorisation(self, x: Float[Array, "M B n d"]) -> Float[Array, "M B n_f d"]:
-        factor, w_in, b_in, w_out, b_out = cast(
-            self.dtype, self.factor, self.fm_in, self.fm_in_bias, self.fm_out, self.fm_out_bias
-        )
-        fm = jnp.einsum("mbnd,mbdk->mbnk", x, jnp.einsum("mbnd,mnk->mbdk", x, factor))
+    def _factorisation(self, x: Float[Array, "M B n d"], factors: Float[Array, "M B k d"]) -> Float[Array, "M B n_f d"]:
+        """FMB of tokens X, given Yᵀ X."""
+        w_in, b_in, w_out, b_out = cast(self.dtype, self.fm_in, self.fm_in_bias, self.fm_out, self.fm_out_bias)
+        fm = jnp.einsum("mbnd,mbkd->mbnk", x, factors)
         fm = _layer_norm(fm.reshape(*fm.shape[:2], -1), self.fm_scale, self.fm_bias, self.dtype)
         hidden = nnx.silu(jnp.einsum("mbi,mih->mbh", fm, w_in) + b_in)
         out = jnp.einsum("mbh,mho->mbo", hidden, w_out) + b_out

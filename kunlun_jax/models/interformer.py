@@ -21,7 +21,7 @@ from kunlun_jax.jagged import Jagged, over_shards, prepend, take_places
 from kunlun_jax.layers.attention import WindowAttention
 from kunlun_jax.layers.cross import CrossNetwork, pair_products
 from kunlun_jax.layers.features import EventTokens, SetTokens
-from kunlun_jax.layers.mlp import MLP, cast, linear, normal
+from kunlun_jax.layers.mlp import MLP, cast, linear, mix_tokens, normal
 from kunlun_jax.layers.norm import layer_norm
 from kunlun_jax.layers.rotary import rotary_angles
 from kunlun_jax.layers.seed_pooling import SeedAttention
@@ -108,7 +108,7 @@ class Interaction(nnx.Module):
             ensemble = ensemble + self.dot(pair_products(z)).reshape(z.shape)
         if hasattr(self, "cross"):
             ensemble = ensemble + self.cross(z.reshape(z.shape[0], -1)).reshape(z.shape)
-        return self.mlp(jnp.einsum("nm,bmd->bnd", *cast(self.dtype, self.tokens), self.norm(ensemble)))
+        return self.mlp(mix_tokens(*cast(self.dtype, self.tokens), self.norm(ensemble)))
 
 
 class GeneratedFFN(nnx.Module):

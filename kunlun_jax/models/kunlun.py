@@ -14,6 +14,7 @@ summary H of the layer before. Each event type has a stack of its own size; the 
 import warnings
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -32,7 +33,10 @@ from kunlun_jax.schema import EventType, FeatureSchema
 
 
 class SequenceLayer(nnx.Module):
-    """One layer of one event type: PFFN and seed pooling, self-attention, or both."""
+    """One layer of one event type: PFFN and seed pooling, self-attention, or both.
+
+    Scopes named EVENT_TYPE.MODULE tell a profile which module an operation belongs to.
+    """
 
     def __init__(
         self,
@@ -44,6 +48,7 @@ class SequenceLayer(nnx.Module):
         tokens: int,
         rngs: nnx.Rngs,
     ):
+        self.name = event_type.name
         common: dict[str, Any] = {"dtype": config.dtype, "rngs": rngs}
         operator: dict[str, Any] = {"implementation": config.implementation, **common}
         if config.runs_pffn(layer):
@@ -73,10 +78,13 @@ class SequenceLayer(nnx.Module):
 
     def __call__(self, sequence: Jagged, summary, tokens: Float[Array, "b n d"], angles):
         if hasattr(self, "pffn"):
-            sequence = self.pffn(sequence, tokens)
-            summary = self.pool(sequence)
+            with jax.named_scope(f"{self.name}.pffn"):
+                sequence = self.pffn(sequence, tokens)
+            with jax.named_scope(f"{self.name}.seed_pooling"):
+                summary = self.pool(sequence)
         if hasattr(self, "attend"):
-            sequence = self.attend(sequence, angles)
+            with jax.named_scope(f"{self.name}.attention"):
+                sequence = self.attend(sequence, angles)
         return sequence, summary
 
 
@@ -142,12 +150,14 @@ class Kunlun(nnx.Module):
         )
 
     def __call__(self, batch: EmbeddedBatch) -> Float[Array, "B tasks"]:
-        x = self.set_tokens(batch)
+        with jax.named_scope("set_tokens"):
+            x = self.set_tokens(batch)
         shared = self.set_tokens.of_scope(batch, "request") if self.config.weight_inputs == "request" else None
         angles = {event.name: self.angles(event, batch) for event in self.schema.events}
-        sequences = {
-            event.name: self.event_tokens[event.name](batch.events[event.name]) for event in self.schema.events
-        }
+        sequences = {}
+        for event in self.schema.events:
+            with jax.named_scope(f"{event.name}.event_tokens"):
+                sequences[event.name] = self.event_tokens[event.name](batch.events[event.name])
         summaries: dict[str, Any] = dict.fromkeys(sequences)
         for layer in self.layers:
             for event in self.schema.events:
@@ -157,9 +167,11 @@ class Kunlun(nnx.Module):
                     sequences[name], summaries[name] = layer.sequences[name](
                         sequences[name], summaries[name], tokens, angles[name]
                     )
-            h = [to_samples(summaries[e.name], batch.request_index, e.scope) for e in self.schema.events]
-            x = layer.interaction(jnp.concatenate([x, *h], axis=1))
-        return self.head(x.reshape(x.shape[0], -1)).astype(jnp.float32)
+            with jax.named_scope("interaction"):
+                h = [to_samples(summaries[e.name], batch.request_index, e.scope) for e in self.schema.events]
+                x = layer.interaction(jnp.concatenate([x, *h], axis=1))
+        with jax.named_scope("head"):
+            return self.head(x.reshape(x.shape[0], -1)).astype(jnp.float32)
 
     def angles(self, event: EventType, batch: EmbeddedBatch) -> Float[Array, "P N half"] | None:
         """Rotary angles, where any layer of this event type attends."""

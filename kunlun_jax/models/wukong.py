@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from kunlun_jax.batch import EmbeddedBatch
 from kunlun_jax.layers.features import PooledEvents, SetTokens
-from kunlun_jax.layers.mlp import MLP, cast, normal
+from kunlun_jax.layers.mlp import MLP, cast, mix_tokens, normal
 from kunlun_jax.layers.norm import layer_norm
 from kunlun_jax.model_configs import WukongConfig
 from kunlun_jax.schema import FeatureSchema
@@ -40,9 +40,9 @@ class FactorisationMachine(nnx.Module):
             return jnp.einsum("bnd,bmd->bnm", x, x)
         if self.kind == "optimised":
             (y,) = cast(self.dtype, self.y)
-            return jnp.einsum("bnd,bdk->bnk", x, jnp.einsum("bnd,nk->bdk", x, y))
+            return jnp.einsum("bnd,bkd->bnk", x, mix_tokens(y.T, x))
         (compress,) = cast(self.dtype, self.compress)
-        compressed = jnp.einsum("cn,bnd->bcd", compress, x).reshape(x.shape[0], -1)
+        compressed = mix_tokens(compress, x).reshape(x.shape[0], -1)
         y = self.make_y(compressed).reshape(*x.shape[:2], self.rank)
         return jnp.einsum("bnd,bdk->bnk", x, jnp.einsum("bnd,bnk->bdk", x, y))
 
@@ -77,7 +77,7 @@ class WukongLayer(nnx.Module):
         return self.norm(out)
 
     def _map(self, weights: nnx.Param, x: Float[Array, "B n d"]) -> Float[Array, "B m d"]:
-        return jnp.einsum("mn,bnd->bmd", *cast(self.dtype, weights), x)
+        return mix_tokens(*cast(self.dtype, weights), x)
 
 
 class Wukong(nnx.Module):
