@@ -9,7 +9,8 @@ Each writes its part of experiments/results/bench_parallel.json (`paper` the plo
 measure: (a) weak scaling of a bfloat16 Kunlun with equal batch per device, samples/s from whole training steps on
 batches that lie on the devices: one device, two with a table replica each (2D), two with the rows over both (1D), and
 two that share rows and experts; (b) one table's look-up and row-wise AdaGrad alone against its rows, as far as memory
-goes; (c) the same for one table over two devices, 1D and 2D, from which the exchange's share of a step follows.
+goes, and whole training steps on one device against the rows of their tables; (c) one table over two devices, 1D and
+2D, from which the exchange's share of a step follows.
 Times are medians over rounds of many steps without a wait in between, rotating batches.
 
 quality: NE on the generated stream at equal samples for one replica, R replicas with c = 1 and with c = R.
@@ -69,7 +70,9 @@ class Measure:
     steps: int = 20
     rounds: int = 5
     implementation: str | None = None  # of the sequence operators
-    parts: tuple[Literal["tables", "scaling"], ...] = ("tables", "scaling")
+    settings: str = ""  # part of the names of the settings to time beside one device
+    rows_in_a_step: tuple[int, ...] = (10**5, 10**6, 10**7, 10**8)
+    parts: tuple[Literal["tables", "steps", "scaling"], ...] = ("tables", "steps", "scaling")
     out: pathlib.Path = RESULTS
 
 
@@ -173,7 +176,7 @@ def learners(options: Measure) -> dict[str, tuple[Learner, int]]:
         ("1D: rows over all", ParallelConfig(data=devices, table_rows="all")),
         ("rows and experts over the group", ParallelConfig(expert=devices)),
     ):
-        if devices > 1:
+        if devices > 1 and options.settings in name:
             plan = plan_tables(schema, parallel).check()
             print(plan, flush=True)
             learner = MeshLearner(
@@ -197,27 +200,9 @@ def measure_scaling(options: Measure, save) -> None:
     print(f"{len(programs)} programs compiled in {time.time() - started:.0f} s", flush=True)
     rows = []
     for name, (learner, devices) in found.items():
-        state = learner.init(0)
-        placed = [learner.place(batch) for batch in prepared[name][1]]
-        placed = jax.device_put(placed, jax.devices()[0]) if learner.mesh is None else placed
-        table_bytes = bytes_on_first(state.tables)
-
-        def step(state, i, program=programs[name], placed=placed):
-            return program(state, placed[i % BATCHES])[0]
-
-        seconds, state = time_steps(step, state, options)
-        rows.append(
-            {
-                "setting": name, "devices": devices, "samples": options.batch * devices, "ms": 1e3 * seconds,
-                "samples_per_second": options.batch * devices / seconds, "table_bytes_per_device": table_bytes,
-                "implementation": options.implementation or "the fastest that runs",
-            }
-        )  # fmt: skip
+        timed = time_learner(learner, programs[name], prepared[name][1], options)
+        rows.append({"setting": name, "devices": devices, "samples": options.batch * devices, **timed})
         print(rows[-1], flush=True)
-        if not state.healthy:
-            raise FloatingPointError(f"{name}: a step met a number that is not finite; its time means nothing")
-        del state, placed
-        gc.collect()
         for row in rows[1:]:
             row["speedup"] = row["samples_per_second"] / rows[0]["samples_per_second"]
         save("weak_scaling", rows)
@@ -232,6 +217,42 @@ def measure_scaling(options: Measure, save) -> None:
             "notes": sorted(notes),
         },
     )
+
+
+def time_learner(learner: Learner, program, batches: list[Batch], options: Measure) -> dict[str, Any]:
+    """Whole training steps on batches that lie on the devices.
+
+    Raises:
+      FloatingPointError: a step met a number that is not finite.
+    """
+    state = learner.init(0)
+    placed = [learner.place(batch) for batch in batches]
+    placed = jax.device_put(placed, jax.devices()[0]) if learner.mesh is None else placed
+    table_bytes = bytes_on_first(state.tables)
+    seconds, state = time_steps(lambda state, i: program(state, placed[i % len(placed)])[0], state, options)
+    if not state.healthy:
+        raise FloatingPointError("a step met a number that is not finite; its time means nothing")
+    del state, placed
+    gc.collect()
+    return {
+        "ms": 1e3 * seconds,
+        "samples_per_second": batches[0].weight.shape[0] / seconds,
+        "table_bytes_per_device": table_bytes,
+        "implementation": options.implementation or "the fastest that runs",
+    }
+
+
+def measure_steps(options: Measure, save) -> None:
+    rows = []
+    for count in options.rows_in_a_step:
+        schema = make_schema(count, options.max_length)
+        model = Kunlun(make_config(schema, options), schema, rngs=nnx.Rngs(0))
+        learner = Learner(model, schema, OptimizerConfig(), steps=1000)
+        batches = [make_batch(schema, options.batch, 1, seed) for seed in range(BATCHES)]
+        program = learner.train_step.lower(learner.abstract(), batches[0]).compile()
+        rows.append({"rows": count, "samples": options.batch, **time_learner(learner, program, batches, options)})
+        print(rows[-1], flush=True)
+        save("rows_in_a_step", rows)
 
 
 def ids_of(batch: Batch, schema: FeatureSchema) -> dict[str, int]:
@@ -349,7 +370,7 @@ def measure_tables(options: Measure, save) -> None:
 def measure(options: Measure) -> None:
     save = Saver(options.out, "measure", options)
     for part in options.parts:
-        {"tables": measure_tables, "scaling": measure_scaling}[part](options, save)
+        {"tables": measure_tables, "steps": measure_steps, "scaling": measure_scaling}[part](options, save)
 
 
 # --- quality ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from kunlun_jax.batch import Batch
 from kunlun_jax.embedding import TableState, embed, init_tables, look_up, update
@@ -87,7 +87,8 @@ class Learner:
     """A model, its tables and their optimisers as two compiled functions, on one device.
 
     Args:
-      model: maps an EmbeddedBatch to logits; only its structure is kept, its parameters go into `init()`.
+      model: maps an EmbeddedBatch to logits; only its structure is kept, its parameters go into `init()`. An abstract
+        one, of shapes alone, serves for `abstract()` and for compiling.
       steps: length of the training, which the learning-rate schedules need.
     """
 
@@ -107,14 +108,18 @@ class Learner:
         self._diagnose = jax.jit(self._find_non_finite)
 
     def init(self, seed: int) -> TrainState:
-        params = jax.tree.map(jnp.copy, self._params)  # steps donate their state; the model's own stay usable
-        optimizer = self.optimizer.init(self.flat.ravel(params))
-        return TrainState(jnp.zeros((), jnp.int32), jnp.array(True), params, optimizer, self._init_tables(seed))
+        # Copies, since steps donate their state; the model's own stay usable.
+        return self.state_of(jax.tree.map(jnp.copy, self._params), jax.random.key(seed))
 
-    def _init_tables(self, seed: int) -> dict[str, TableState]:
+    def state_of(self, params: PyTree, key: PRNGKeyArray) -> TrainState:
+        """The state before the first step with these dense parameters and tables drawn from `key`; traceable."""
+        optimizer = self.optimizer.init(self.flat.ravel(params))
+        return TrainState(jnp.zeros((), jnp.int32), jnp.array(True), params, optimizer, self._init_tables(key))
+
+    def _init_tables(self, key: PRNGKeyArray) -> dict[str, TableState]:
         return init_tables(
             self.schema,
-            key=jax.random.key(seed),
+            key=key,
             scale=self.config.table_scale,
             initial_accumulator=self.config.table_initial_accumulator,
         )
@@ -127,7 +132,7 @@ class Learner:
 
     def abstract(self) -> TrainState:
         """Shapes, and places, of what `portable` returns: the target to restore a checkpoint to."""
-        return jax.eval_shape(lambda: self.init(0))
+        return jax.eval_shape(self.state_of, self._params, jax.random.key(0))
 
     def portable(self, state: TrainState) -> TrainState:
         """The state as every mesh understands it; a checkpoint holds this."""

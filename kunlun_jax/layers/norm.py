@@ -1,9 +1,53 @@
 """Normalisation over the feature axis, in float32 whatever the compute type."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float
+
+EPSILON = 1e-5
 
 
-def layer_norm(width: int, *, dtype: str, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm with scale and bias, eps 1e-5, statistics and parameters in float32, output in `dtype`."""
-    return nnx.LayerNorm(width, epsilon=1e-5, dtype=jnp.dtype(dtype), param_dtype=jnp.float32, rngs=rngs)
+class LayerNorm(nnx.LayerNorm):
+    """LayerNorm with scale and bias, whose gradient is one pass over the rows and one over the columns.
+
+    Automatic gradients keep float32 copies of the rows between several passes.
+    """
+
+    def __call__(self, x: Float[Array, "*rest width"]) -> Float[Array, "*rest width"]:
+        flat = x.reshape(-1, x.shape[-1])  # XLA keeps a row in registers over the last of two axes only
+        return _layer_norm(flat, self.scale[...], self.bias[...]).astype(self.dtype).reshape(x.shape)
+
+
+def layer_norm(width: int, *, dtype: str, rngs: nnx.Rngs) -> LayerNorm:
+    """LayerNorm with eps 1e-5, statistics and parameters in float32, output in `dtype`."""
+    return LayerNorm(width, epsilon=EPSILON, dtype=jnp.dtype(dtype), param_dtype=jnp.float32, rngs=rngs)
+
+
+@jax.custom_vjp
+def _layer_norm(x, scale, bias):
+    return _normed(x)[0] * scale + bias
+
+
+def _forward(x, scale, bias):
+    return _layer_norm(x, scale, bias), (x, scale)
+
+
+def _backward(residuals, d):
+    x, scale = residuals
+    normed, factor = _normed(x)
+    inner = d * scale
+    dx = inner - jnp.mean(inner, axis=1, keepdims=True) - normed * jnp.mean(inner * normed, axis=1, keepdims=True)
+    return (factor * dx).astype(x.dtype), jnp.sum(d * normed, axis=0), jnp.sum(d, axis=0)
+
+
+_layer_norm.defvjp(_forward, _backward)
+
+
+def _normed(x):
+    """Rows of mean 0 and variance 1 in float32, and what the centred rows were multiplied by."""
+    x = x.astype(jnp.float32)
+    centred = x - jnp.mean(x, axis=1, keepdims=True)
+    factor = lax.rsqrt(jnp.mean(centred * centred, axis=1, keepdims=True) + EPSILON)
+    return centred * factor, factor
