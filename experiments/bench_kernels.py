@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from bench_attention import WINDOW_SHAPES, seed_cases, window_cases
-from kernel_timing import Case, add, plot_roofline, time_all
+from kernel_timing import Case, plot_roofline, time_all
 from torch_rivals import flex_rows, gdpa_rows
 
 RESULTS = pathlib.Path("experiments/results")
@@ -119,11 +119,13 @@ def gdpa(config: Bench) -> None:
             cases += both_directions(shape, implementation, functools.partial(call, shape, implementation))
     about = dict(dtype="bfloat16", activation="gelu_tanh")
     path = config.out / "bench_gdpa.json"
-    rows = time_all(cases, path, only=config.only, rounds=config.rounds, about=about)
-    if config.only in f"{FULL[0].name} torch":
-        first = FULL[0]
+    first = FULL[0]
+
+    def others():
         sizes = first.batch, first.lq, first.lkv, first.heads, first.width
-        rows = add(path, gdpa_rows(*sizes, cases=cases[:2], rounds=config.rounds))
+        return gdpa_rows(*sizes, cases=cases[:2], rounds=config.rounds) if config.only in f"{first.name} torch" else []
+
+    rows = time_all(cases, path, only=config.only, rounds=config.rounds, about=about, others=others)
     plot_roofline(rows, path.with_suffix(".png"), f"GDPA on one {jax.devices()[0].device_kind}, bfloat16")
 
 
@@ -154,9 +156,13 @@ def sliding_window(config: Bench) -> None:
     """Sliding-window attention: bench_sliding_window.json and .png."""
     path = config.out / "bench_sliding_window.json"
     cases = window_cases()
-    rows = time_all(cases, path, only=config.only, rounds=config.rounds, about=dict(dtype="bfloat16"))
-    if config.only in f"{WINDOW_SHAPES[0].name} torch":
-        rows = add(path, flex_rows(WINDOW_SHAPES[0], cases[:2], config.rounds))
+    first = WINDOW_SHAPES[0]
+
+    def others():
+        return flex_rows(first, cases[:2], config.rounds) if config.only in f"{first.name} torch" else []
+
+    about = dict(dtype="bfloat16")
+    rows = time_all(cases, path, only=config.only, rounds=config.rounds, about=about, others=others)
     plot_roofline(rows, path.with_suffix(".png"), f"Sliding window on one {jax.devices()[0].device_kind}, bfloat16")
 
 

@@ -41,10 +41,21 @@ class Case:
     bytes: float
 
 
-def time_all(cases: list[Case], path: pathlib.Path, *, only: str, rounds: int, about: dict) -> list[dict]:
+def time_all(
+    cases: list[Case],
+    path: pathlib.Path,
+    *,
+    only: str,
+    rounds: int,
+    about: dict,
+    others: Callable[[], list[dict]] = list,
+) -> list[dict]:
     """Compile and time the cases whose printed name contains `only`, one after another.
 
     Each result goes to `path` at once, in place of an earlier one of the same case. Returns all rows of the file.
+
+    Args:
+      others: times what is no JAX function by itself; its rows go to the file at the end.
 
     Raises:
       ValueError: the file holds results from another device, JAX or way of timing.
@@ -52,6 +63,11 @@ def time_all(cases: list[Case], path: pathlib.Path, *, only: str, rounds: int, a
     about = _about() | about
     rows = _kept(path, about)
     path.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep(measured: dict) -> None:
+        rows[_identity(measured)] = measured
+        path.write_text(json.dumps(dict(about=about, results=list(rows.values())), indent=1) + "\n")
+
     for case in cases:
         name = f"{case.shape:36s} {case.implementation:12s} {case.direction:8s}"
         if only not in name:
@@ -65,16 +81,9 @@ def time_all(cases: list[Case], path: pathlib.Path, *, only: str, rounds: int, a
             continue
         share = f"{measured['tflops']:6.1f} TFLOP/s, {100 * measured['share_of_roof']:5.1f} % of the roof"
         print(f"{name} {measured['ms']:8.4f} ms {share}", flush=True)
-        rows[_identity(measured)] = measured
-        path.write_text(json.dumps(dict(about=about, results=list(rows.values())), indent=1) + "\n")
-    return list(rows.values())
-
-
-def add(path: pathlib.Path, measured: list[dict]) -> list[dict]:
-    """Put rows that something else has timed into a file of `time_all`. Returns all rows of the file."""
-    file = json.loads(path.read_text())
-    rows = {_identity(r): r for r in file["results"] + measured}
-    path.write_text(json.dumps(file | dict(results=list(rows.values())), indent=1) + "\n")
+        keep(measured)
+    for measured in others():
+        keep(measured)
     return list(rows.values())
 
 
