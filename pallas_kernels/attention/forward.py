@@ -30,8 +30,8 @@ LOWEST = -1e30  # a running maximum that any score exceeds; finite, so that noth
 def attention_forward(work, tables, q, k, v, angles=None, *, warpgroups: int, scale: float, sms: int, interpret=None):
     """(out, statistics): statistics [H, ...] float32 hold log2 Σ exp2(log2(e) · scale · q·k) of every query row.
 
-    work: which rows meet, see `work.py`; tables: what `work` reads. warpgroups: how many compute, 2 or 3;
-    2 with angles, an `Angles` of rotary encoding.
+    work: which rows meet, see `work.py`; tables: what `work` reads. warpgroups: how many compute, 2 to 4;
+    2 with angles, an `Angles` of rotary encoding, and 4 only at head width 64.
     """
     panels, turned = q.shape[2] // hopper.PANEL, angles is not None
     static = dict(work=work, turned=turned, warpgroups=warpgroups, scale=scale, sms=sms, interpret=interpret)

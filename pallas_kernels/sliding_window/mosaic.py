@@ -20,7 +20,7 @@ from pallas_kernels.attention.work import Window
 from pallas_kernels.jagged import vary_together
 from pallas_kernels.sliding_window import xla
 
-FORWARD_WARPGROUPS = 3
+NARROW = 128  # rows that a query sees, up to which blocks of keys for three warpgroups pass most of them by
 
 
 class Static(NamedTuple):
@@ -56,8 +56,8 @@ def mosaic_gpu(
 ):
     """See `sliding_window_attention`.
 
-    turn_inside: apply the angles inside the kernels instead of before them, in a pass of its own. Not yet the default:
-    those kernels are proved in the interpreter, and have not run on a GPU.
+    turn_inside: apply the angles inside the kernels instead of before them, in a pass of its own. Slower: tiles are
+    turned in shared memory once for every tile that sees them.
     """
     if max_length == 0:
         return jnp.zeros_like(q)
@@ -92,11 +92,20 @@ def _attention(static: Static, *operands):
     return _forward(static, *operands)[0]
 
 
+def forward_warpgroups(width: int, left: int | None, right: int | None, *, turned: bool) -> int:
+    """How many compute: more of them hide each other's waits, as long as registers last and they see the same keys."""
+    if turned:
+        return 2
+    if width == 64:
+        return 4
+    return 2 if left is not None and right is not None and left + right < NARROW else 3
+
+
 # Under jit of their own, so that equal layers of a model are lowered once: a kernel takes seconds.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(static: Static, q, k, v, starts, lengths, angles):
     tables = _ranges(static, q, starts, lengths, q.shape[1])
-    warpgroups = FORWARD_WARPGROUPS if angles is None else 2
+    warpgroups = forward_warpgroups(q.shape[2], static.left, static.right, turned=angles is not None)
     run: dict[str, Any] = dict(warpgroups=warpgroups, scale=static.scale, sms=static.sms, interpret=static.interpret)
     out, statistics = attention_forward(_work(static, q, starts), tables, q, k, v, angles, **run)
     out, statistics, _ = vary_together(out, statistics, q)

@@ -151,12 +151,12 @@ def test_blocks_seen_are_those_that_meet(first, rows, others, before, after):
 def test_shared_memory_suffices(width):
     panels = width // hopper.PANEL
     static = dict(dtype=jnp.bfloat16, panels=panels, interpret=None)
-    scratches = [forward_scratch(warpgroups=w, turned=w == 2, **static) for w in (2, 3)]
+    scratches = [forward_scratch(warpgroups=w, turned=w == 2, **static) for w in ((2, 3, 4) if width == 64 else (2, 3))]
     scratches += [f(turned=turned, **static) for f in (dq_scratch, dkv_scratch) for turned in (False, True)]
     assert all(hopper.shared_bytes(s) <= hopper.SHARED_MEMORY for s in scratches)
 
 
-@pytest.mark.parametrize(("warpgroups", "turned"), [(2, False), (3, False), (2, True)])
+@pytest.mark.parametrize(("warpgroups", "turned"), [(2, False), (3, False), (4, False), (2, True)])
 @pytest.mark.parametrize("panels", [1, 2, 4])
 def test_registers_are_moved_and_not_made(warpgroups, turned, panels):
     compute, memory = registers(warpgroups, turned, panels)
@@ -170,6 +170,7 @@ def test_registers_are_moved_and_not_made(warpgroups, turned, panels):
     [
         ((None, None), 64, 8, 2, False),
         ((100, 0), 128, 4, 2, False),
+        ((100, 100), 128, 2, 2, False),
         ((None, 7), 64, 8, 8, True),
     ],
 )
