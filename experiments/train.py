@@ -4,6 +4,7 @@
     python experiments/train.py movielens --model interformer   # or wukong, din, dcnv2
     python experiments/train.py synthetic --epochs 5 --model.width 64
     python experiments/train.py movielens --resume              # goes on after an interruption, bit for bit
+    python experiments/train.py gflops6 --device gpu            # 6 GFLOPs per sample on the GPU, about a minute
     python experiments/train.py synthetic --parallel.data 2     # two devices; launch/ has several processes and hosts
 
 --model NAME picks the model whose settings the other options then name. The result is written to runs/<preset>/, with
@@ -13,9 +14,10 @@
 import argparse
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import absl.logging
 import jax
@@ -35,17 +37,22 @@ from kunlun_jax.processes import HOW_TO_GO_ON, ProcessConfig, Vote, end, failed_
 from kunlun_jax.run import Run, load_samples, stop_on_sigterm
 from kunlun_jax.training import NonFiniteLoss, fit
 
-PRESETS = {"movielens": TrainConfig.movielens, "synthetic": TrainConfig.synthetic_stream}
+PRESETS = {
+    "movielens": TrainConfig.movielens,
+    "synthetic": TrainConfig.synthetic_stream,
+    "gflops6": TrainConfig.gflops_6,
+}
 STOPPED = 128 + 15  # exit code of a process that SIGTERM ended
 
 
 @dataclass(frozen=True)
 class Options:
-    """Where the run goes, and whether to go on with one that is there."""
+    """Where the run goes, whether to go on with one that is there, and whether it must run on a GPU."""
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     out: Path
     resume: bool = False
+    device: Literal["any", "gpu"] = "any"
     processes: ProcessConfig = field(default_factory=ProcessConfig)
 
 
@@ -65,6 +72,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> int:
         return loader(
             samples[part], batch_size=config.batch_size, epochs=epochs, shuffle=shuffle, seed=config.seed,
             capacity_fractions=config.capacity_fractions, shards=learner.shards, own=learner.own,
+            threads=config.loader_threads, prefetch=max(4, config.loader_threads),
         )  # fmt: skip
 
     per_epoch = -(-len(samples["train"]) // config.batch_size)
@@ -174,12 +182,17 @@ def main() -> int:
                 f"Settings of the preset {name!r}.",
                 Options(config=preset(model), out=Path("runs") / f"{name}{suffix}"),
             )
-            for name, preset in PRESETS.items()
+            for name, preset in presets_of(model)
         }
         options = tyro.extras.overridable_config_cli(
             presets, prog="train.py", description=__doc__, args=arguments, config=(tyro.conf.AvoidSubcommands,)
         )
         start(options.processes)
+        if options.device == "gpu" and (backend := jax.default_backend()) != "gpu":
+            raise ValueError(
+                f"--device gpu: there is none, JAX's default backend is {backend}; on a machine with an NVIDIA GPU let "
+                f"make set up .venv again, which installs the CUDA build of JAX, or leave --device out"
+            )
         code = train(options.config, options.out, resume=options.resume)
         finish()
         return code
@@ -192,6 +205,11 @@ def main() -> int:
         else:
             print(f"error: {error}", file=sys.stderr)
         return end(1)
+
+
+def presets_of(model: str) -> list[tuple[str, Callable[[str], TrainConfig]]]:
+    """The presets that this model has."""
+    return [(n, p) for n, p in PRESETS.items() if n != "gflops6" or hasattr(named(model).config, "gflops_6")]
 
 
 def model_argument(arguments: list[str]) -> tuple[str, list[str]]:

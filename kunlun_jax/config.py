@@ -30,6 +30,7 @@ class TrainConfig:
       shuffle: a new order each epoch; False keeps time order.
       seed: of the initial parameters and of the order.
       capacity_fractions: shares of batch_size · max_length events for which a program is compiled.
+      loader_threads: threads that prepare batches ahead of the device.
       log_every, save_every: steps between lines in the log, and between checkpoints.
       parallel: how the training is spread over devices.
     """
@@ -44,12 +45,13 @@ class TrainConfig:
     shuffle: bool = False
     seed: int = 0
     capacity_fractions: tuple[float, ...] = CAPACITY_FRACTIONS
+    loader_threads: int = 1
     log_every: int = 10
     save_every: int = 40
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self):
-        at_least_one(self, "batch_size", "epochs", "log_every", "save_every")
+        at_least_one(self, "batch_size", "epochs", "loader_threads", "log_every", "save_every")
         if self.seed < 0:
             raise ValueError(f"seed: must not be negative, got {self.seed}")
 
@@ -83,6 +85,27 @@ class TrainConfig:
             optimizer=OptimizerConfig(learning_rate=3e-3, table_learning_rate=0.2, table_scale=0.5),
             batch_size=250,
             capacity_fractions=(0.5, 0.75, 1.0),
+        )
+
+    @classmethod
+    def gflops_6(cls, model: str = "kunlun") -> "TrainConfig":
+        """The preset of 6 GFLOPs per sample on its stream, whose best possible NE is known: one GPU, a minute.
+
+        Raises:
+          ValueError: the model has no preset of that size.
+        """
+        config = named(model).config
+        if not hasattr(config, "gflops_6"):
+            raise ValueError(f"model {model!r} has no preset of 6 GFLOPs per sample; kunlun, interformer, wukong have")
+        return cls(
+            model=config.gflops_6(),
+            data="synthetic",
+            synthetic=SyntheticConfig.gflops_6(train=51_200, validation=4_096, test=4_096),
+            optimizer=OptimizerConfig(learning_rate=1e-3, table_learning_rate=0.2, table_scale=0.5),
+            batch_size=512,
+            capacity_fractions=(0.5625, 1.0),
+            loader_threads=8,
+            save_every=100,
         )
 
 

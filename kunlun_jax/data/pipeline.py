@@ -5,8 +5,11 @@ batches, so the cost per sample is that of NumPy. Copying releases no lock that 
 enough to overlap the host's work with the device's.
 """
 
-from collections.abc import Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import grain
 import numpy as np
@@ -95,3 +98,41 @@ def loader(
         )
         .to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
     )
+
+
+def prefetch_to_device(batches: Iterator[Batch], place: Callable[[Batch], Any], *, ahead: int = 2) -> Iterator[Any]:
+    """`place` applied to each batch by a thread that stays up to `ahead` batches in front of the consumer.
+
+    The next batch is copied to the device while a step runs. An error in the thread is raised at its batch's place.
+    """
+    ready: queue.Queue = queue.Queue(maxsize=ahead)
+    stop = threading.Event()
+
+    def put(item) -> None:
+        while not stop.is_set():
+            try:
+                return ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                put((place(batch), None))
+                if stop.is_set():
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:
+            put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            batch, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield batch
+    finally:
+        stop.set()

@@ -197,13 +197,19 @@ class Samples:
 
     def _sequence(self, event: EventType, indices, lengths, shards: int, capacity: int) -> Jagged:
         store = self.events[event.name]
-        index = span_index(store.start[indices], lengths)
+        start = store.start[indices]
+        if len(indices) and np.array_equal(start[1:], (start + lengths)[:-1]):
+            index = slice(
+                start[0], start[-1] + lengths[-1]
+            )  # one after the other: a stream in order needs no gathering
+        else:
+            index = span_index(start, lengths)
         time = store.time[index]
         gap = np.diff(time, prepend=time[:1])
         gap[(np.cumsum(lengths) - lengths)[lengths > 0]] = 0
         # Differences are taken in int64: float32 cannot tell today's seconds apart.
         age = np.repeat(self.request_time[indices], lengths) - time
-        values = {name: np.take(column, index, axis=0) for name, column in store.columns.items()}
+        values = {name: column[index] for name, column in store.columns.items()}
         values |= dict(zip(TIME_FIELDS, (gap.astype(np.float32), age.astype(np.float32)), strict=True))
         fill = dict.fromkeys(values, 0) | {field.name: PADDING_ID for field in event.sparse}
         return pack(values, lengths, capacity=capacity, shards=shards, max_length=event.max_length, fill=fill)

@@ -27,7 +27,8 @@ def layer_norm(width: int, *, dtype: str, rngs: nnx.Rngs) -> LayerNorm:
 
 @jax.custom_vjp
 def _layer_norm(x, scale, bias):
-    return _normed(x)[0] * scale + bias
+    mean, factor = _statistics(x)
+    return (x.astype(jnp.float32) - mean) * factor * scale + bias
 
 
 def _forward(x, scale, bias):
@@ -36,18 +37,20 @@ def _forward(x, scale, bias):
 
 def _backward(residuals, d):
     x, scale = residuals
-    normed, factor = _normed(x)
-    inner = d * scale
+    mean, factor = _statistics(x)
+    normed, inner = (x.astype(jnp.float32) - mean) * factor, d * scale
     dx = inner - jnp.mean(inner, axis=1, keepdims=True) - normed * jnp.mean(inner * normed, axis=1, keepdims=True)
+    # The barrier keeps the sums over columns from asking the pass over rows for a float32 array of products.
+    mean_again, factor_again = lax.optimization_barrier((mean, factor))
+    normed = (x.astype(jnp.float32) - mean_again) * factor_again
     return (factor * dx).astype(x.dtype), jnp.sum(d * normed, axis=0), jnp.sum(d, axis=0)
 
 
 _layer_norm.defvjp(_forward, _backward)
 
 
-def _normed(x):
-    """Rows of mean 0 and variance 1 in float32, and what the centred rows were multiplied by."""
+def _statistics(x):
+    """The mean of each row and one over its standard deviation, [rows, 1] float32."""
     x = x.astype(jnp.float32)
-    centred = x - jnp.mean(x, axis=1, keepdims=True)
-    factor = lax.rsqrt(jnp.mean(centred * centred, axis=1, keepdims=True) + EPSILON)
-    return centred * factor, factor
+    mean = jnp.mean(x, axis=1, keepdims=True)
+    return mean, lax.rsqrt(jnp.mean((x - mean) ** 2, axis=1, keepdims=True) + EPSILON)

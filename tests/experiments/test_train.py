@@ -167,6 +167,7 @@ def test_evaluate_repeats_the_test_result(environment, undisturbed):
         (["--model.events.clicked.head-width", "7"], "must divide into heads"),
         (["--capacity-fractions", "0.5"], "must rise from above 0 and end with 1"),
         (["--synthetic.fill", "2"], "fill"),
+        (["--device", "gpu"], "--device gpu: there is none"),
     ],
 )
 def test_bad_settings_end_with_one_clear_error(environment, tmp_path, arguments, message):

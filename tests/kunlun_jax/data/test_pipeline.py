@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from grain.experimental import assert_equal_output_after_checkpoint
 
-from kunlun_jax.data.pipeline import IndexBatches, loader
+from kunlun_jax.data.pipeline import IndexBatches, loader, prefetch_to_device
 from kunlun_jax.data.samples import FILLER
 from kunlun_jax.data.synthetic import SyntheticConfig, generate
 
@@ -127,3 +127,15 @@ def test_index_batches_hold_no_samples_twice():
 def test_bad_settings_are_refused(samples, settings, message):
     with pytest.raises(ValueError, match=message):
         loader(samples, shuffle=False, **settings)
+
+
+def test_prefetched_batches_are_placed_in_order_and_errors_arrive_at_their_place():
+    def batches():
+        yield from range(5)
+        raise RuntimeError("broken file")
+
+    stream = prefetch_to_device(batches(), lambda x: 10 * x)
+    assert [next(stream) for _ in range(5)] == [0, 10, 20, 30, 40]
+    with pytest.raises(RuntimeError, match="broken file"):
+        next(stream)
+    assert list(prefetch_to_device(iter(range(3)), str)) == ["0", "1", "2"]

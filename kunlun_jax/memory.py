@@ -1,0 +1,137 @@
+"""Bytes that a training step needs on its device, known before anything is compiled or allocated."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kunlun_jax.batch import Batch
+from kunlun_jax.embedding import embed, look_up
+from kunlun_jax.jagged import Jagged, capacities
+from kunlun_jax.schema import TIME_FIELDS, FeatureSchema
+from kunlun_jax.training import Learner, log_loss
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of one training step on one device.
+
+    Attributes:
+      state: parameters, the optimiser's moments and the tables; steps keep them in place.
+      gradients: of dense parameters and of looked-up rows, and flat copies of parameters and gradients.
+      batch: two batches, since the next one arrives while a step runs.
+      residuals: what the forward pass keeps for the backward pass.
+    """
+
+    state: int
+    gradients: int
+    batch: int
+    residuals: int
+
+    @property
+    def total(self) -> int:
+        return self.state + self.gradients + self.batch + self.residuals
+
+    def __str__(self) -> str:
+        parts = ("state", "gradients", "batch", "residuals")
+        return ", ".join(f"{name} {getattr(self, name) / 1e9:.2f} GB" for name in parts)
+
+
+def step_memory(learner: Learner, batch_size: int, *, fraction: float = 1.0) -> StepMemory:
+    """The estimate for batches of `batch_size` samples with capacities of that fraction of the maximum lengths.
+
+    From shapes alone. Residuals are what differentiation keeps, without weights and their casts, and without float32
+    arrays of which the same number of elements is kept in a narrower type: XLA computes those again [choice]. It holds
+    less than that where it recomputes more, and more at its peak where gradients flow.
+    """
+    state = learner.abstract()
+    batch = abstract_batch(learner.schema, batch_size, fraction=fraction)
+
+    def residuals(params, tables, batch):
+        rows, plans = look_up(learner.schema, tables, batch)
+
+        def loss_of(params, rows):
+            logits = nnx.merge(learner.graphdef, params)(embed(learner.schema, batch, rows, plans))
+            return log_loss(logits, batch)
+
+        return jax.vjp(loss_of, params, rows)[1], rows
+
+    kept, rows = jax.eval_shape(residuals, state.params, state.tables, batch)
+    dense = _bytes(state.params)
+    return StepMemory(
+        state=_bytes(state),
+        gradients=2 * dense + _bytes(rows),
+        batch=2 * _bytes(batch),
+        residuals=_activations(kept, state.params, batch_size),
+    )
+
+
+def largest_batch(learner: Learner, memory: int, *, fraction: float = 1.0, multiple: int = 8) -> int:
+    """The largest batch, a multiple of `multiple`, whose step is estimated to fit into `memory` bytes; 0 for none."""
+    few, many = (step_memory(learner, multiple * k, fraction=fraction).total for k in (1, 3))
+    per_step = (many - few) / 2  # of `multiple` samples
+    return max(0, multiple * (1 + math.floor((memory - few) / per_step)))
+
+
+def check_fits(learner: Learner, batch_size: int, memory: int, *, fraction: float = 1.0) -> StepMemory:
+    """The estimate for this batch.
+
+    Raises:
+      ValueError: it exceeds `memory` bytes; the message says by how much and which batch would fit.
+    """
+    needed = step_memory(learner, batch_size, fraction=fraction)
+    if needed.total > memory:
+        fits = largest_batch(learner, memory, fraction=fraction)
+        advice = f"a batch of {fits} would fit" if fits else "no batch fits; choose a smaller model or smaller tables"
+        raise ValueError(
+            f"batch_size {batch_size}: a training step needs about {needed.total:,} bytes ({needed}), the device has "
+            f"{memory:,}; {advice}"
+        )
+    return needed
+
+
+def device_memory() -> int | None:
+    """Bytes that JAX may use on the default device; None where it doesn't say, as on a CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def abstract_batch(schema: FeatureSchema, batch_size: int, *, fraction: float = 1.0) -> Batch:
+    """Shapes of a batch on one device whose sequences take `fraction` of their maximum."""
+
+    def ids(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    def numbers(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    events = {}
+    for event in schema.events:
+        n = capacities(batch_size, event.max_length, tuple(sorted({fraction, 1.0})))[0]
+        values: dict[str, Any] = {f.name: ids(1, n, f.max_ids) for f in event.sparse}
+        values |= {name: numbers(1, n) for name in (*(f.name for f in event.dense), *TIME_FIELDS)}
+        events[event.name] = Jagged(values, ids(1, batch_size), ids(1, batch_size), event.max_length)
+    labels = numbers(batch_size, len(schema.tasks))
+    return Batch(
+        dense={f.name: numbers(batch_size) for f in schema.dense},
+        sparse={f.name: ids(batch_size, f.max_ids) for f in schema.sparse},
+        events=events,
+        request_index=ids(1, batch_size),
+        labels=labels,
+        label_mask=labels,
+        weight=numbers(batch_size),
+    )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _activations(kept: Any, params: Any, batch_size: int) -> int:
+    """Bytes of the residuals that grow with the batch."""
+    weights = {x.size for x in jax.tree.leaves(params)}
+    leaves = [x for x in jax.tree.leaves(kept) if x.size >= batch_size and x.size not in weights]
+    narrow = {x.size for x in leaves if x.dtype == jnp.bfloat16}
+    return _bytes([x for x in leaves if x.dtype != jnp.float32 or x.size not in narrow])

@@ -1,0 +1,58 @@
+"""LayerNorm's gradient in closed form against automatic differentiation of its definition."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kunlun_jax.layers.mlp import in_parts, linear, mix_tokens
+from kunlun_jax.layers.norm import EPSILON, layer_norm
+
+
+def plain(x, scale, bias):
+    wide = x.astype(jnp.float32)
+    centred = wide - wide.mean(-1, keepdims=True)
+    return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + EPSILON) * scale + bias
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (2, 5, 12), (12,)])
+def test_values_and_gradients_are_those_of_the_definition(shape):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, weights = (jax.random.normal(key, shape) for key in keys[:2])
+    scale, bias = (jax.random.normal(key, (12,)) for key in keys[2:])
+    graph, params = nnx.split(layer_norm(12, dtype="float32", rngs=nnx.Rngs(0)))
+    structure = jax.tree.structure(params)
+    assert len(jax.tree.leaves(params)) == 2  # bias, then scale
+
+    def ours(x, scale, bias):
+        return nnx.merge(graph, jax.tree.unflatten(structure, [bias, scale]))(x)
+
+    def gradients(function):
+        return jax.grad(lambda *operands: jnp.sum(weights * function(*operands)), argnums=(0, 1, 2))(x, scale, bias)
+
+    np.testing.assert_allclose(ours(x, scale, bias), plain(x, scale, bias), atol=1e-5)
+    chex.assert_trees_all_close(gradients(ours), gradients(plain), atol=2e-5)
+
+
+def test_narrow_rows_give_narrow_results_and_float32_gradients_of_the_parameters():
+    norm = layer_norm(8, dtype="bfloat16", rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (4, 8), jnp.bfloat16)
+    out, pull = jax.vjp(lambda x, scale: nnx.merge(*nnx.split(norm))(x) * scale, x, jnp.ones((8,), jnp.bfloat16))
+    assert out.dtype == jnp.bfloat16
+    assert pull(out)[0].dtype == jnp.bfloat16
+    assert norm.scale[...].dtype == jnp.float32
+
+
+def test_parts_of_a_layer_are_its_result_cut():
+    layer = linear(6, 12, bias=False, dtype="float32", rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(2), (3, 5, 6))
+    np.testing.assert_allclose(jnp.concatenate(in_parts(layer, x, 3), axis=-1), layer(x), atol=1e-6)
+
+
+def test_tokens_are_mixed_sample_by_sample_for_any_leading_axes():
+    keys = jax.random.split(jax.random.key(3), 2)
+    weights, x = jax.random.normal(keys[0], (2, 4, 3)), jax.random.normal(keys[1], (2, 5, 3, 6))
+    np.testing.assert_allclose(mix_tokens(weights, x), jnp.einsum("mon,mbnd->mbod", weights, x), atol=1e-5)
+    np.testing.assert_allclose(mix_tokens(weights[0], x[0]), jnp.einsum("on,bnd->bod", weights[0], x[0]), atol=1e-5)

@@ -1,0 +1,76 @@
+"""The estimate of a step's bytes: against the compiled program, its growth, and the refusal."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from kunlun_jax.data.synthetic import SyntheticConfig, make_schema
+from kunlun_jax.memory import abstract_batch, check_fits, largest_batch, step_memory
+from kunlun_jax.model_configs import KunlunConfig
+from kunlun_jax.models import build
+from kunlun_jax.optimizer import OptimizerConfig
+from kunlun_jax.training import Learner
+
+BATCH = 64
+
+
+@pytest.fixture(scope="module")
+def learner():
+    schema = make_schema(SyntheticConfig(max_length=40))
+    model = nnx.eval_shape(lambda: build(KunlunConfig.tiny(schema), schema, rngs=nnx.Rngs(0)))
+    return Learner(model, schema, OptimizerConfig(), steps=10)
+
+
+def test_estimate_is_near_what_the_program_takes(learner):
+    """Within a factor of two on the CPU, whose compiler fuses less than a GPU's."""
+    step = learner.train_step.lower(learner.abstract(), abstract_batch(learner.schema, BATCH))
+    analysis = step.compile().memory_analysis()
+    estimate = step_memory(learner, BATCH)
+    batch = estimate.batch // 2
+    assert estimate.state + batch == pytest.approx(analysis.argument_size_in_bytes, rel=0.01)
+    taken = analysis.temp_size_in_bytes
+    assert taken / 2 < estimate.gradients + estimate.residuals < 2 * taken
+
+
+def test_state_is_counted_to_the_byte(learner):
+    state = learner.abstract()
+    assert step_memory(learner, 8).state == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert state.params
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state))
+
+
+def test_residuals_grow_with_the_batch_and_shrink_with_the_capacity(learner):
+    one, two, half = step_memory(learner, 64), step_memory(learner, 128), step_memory(learner, 64, fraction=0.5)
+    assert two.residuals == pytest.approx(2 * one.residuals, rel=0.02)
+    assert 0.4 < half.residuals / one.residuals < 0.8
+    assert one.state == two.state
+
+
+def test_a_step_that_does_not_fit_names_its_bytes_and_the_batch_that_would(learner):
+    limit = step_memory(learner, 104).total
+    fits = largest_batch(learner, limit)
+    assert 88 <= fits <= 104  # tables larger than a small batch's ids make the growth not quite linear
+    with pytest.raises(ValueError, match=rf"batch_size 512: .* bytes .* the device has {limit:,}; a batch of {fits} "):
+        check_fits(learner, 512, limit)
+    assert check_fits(learner, fits, limit).total <= limit
+
+
+def test_a_model_whose_state_alone_is_too_large_fits_no_batch(learner):
+    assert largest_batch(learner, 1000) == 0
+    with pytest.raises(ValueError, match="no batch fits"):
+        check_fits(learner, 8, 1000)
+
+
+def test_shapes_are_those_of_real_batches():
+    config = SyntheticConfig(
+        max_length=9, conversions=4, set_noise=2, event_noise=1, event_numbers=2, train=8, fill=1.0
+    )
+    from kunlun_jax.data.synthetic import generate
+
+    samples = generate(config).samples["train"]
+    real = samples.batch(jnp.arange(8))
+    shapes = abstract_batch(samples.schema, 8)
+    assert jax.tree.structure(real) == jax.tree.structure(shapes)
+    for x, s in zip(jax.tree.leaves(real), jax.tree.leaves(shapes), strict=True):
+        assert (x.shape, x.dtype) == (s.shape, s.dtype)
