@@ -107,18 +107,16 @@ def test_a_run_leaves_everything_behind(undisturbed):
     assert 0 < summary["data"]["best_ne"]["test"] < 1
 
 
-@pytest.mark.parametrize("steps", [7, 9])
-def test_a_killed_run_resumes_bit_for_bit(environment, undisturbed, tmp_path, steps):
+def test_a_killed_run_resumes_bit_for_bit(environment, undisturbed, tmp_path):
     out = tmp_path / "killed"
     process = start(environment, "train.py", "synthetic", *SETTINGS, "--out", out)
-    wait_until(process, lambda: steps_logged(out) >= steps)
+    wait_until(process, lambda: steps_logged(out) >= 9)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "summary.json").exists()
     code, output = train(environment, out, "--resume")
     assert code == 0, output
-    if steps > 5:
-        assert re.search(r"going on after step (4|8) of 12", output)
+    assert re.search(r"going on after step (4|8) of 12", output)
     assert_same_run(out, undisturbed)
 
 

@@ -35,6 +35,11 @@ def _patched_interpreter():
 # --- tables and walks
 
 
+def shares_of(starts, lengths, **static):
+    """`ranges` as one program: alone, each of its operations would be compiled by itself."""
+    return jax.jit(functools.partial(ranges, **static))(starts, lengths)
+
+
 def draw_spans(rng, samples, longest):
     """Spans in any order with gaps; many are empty."""
     lengths = rng.integers(0, longest + 1, samples) * rng.integers(0, 2, samples)
@@ -51,13 +56,12 @@ def places(walk):
         at = walk.next(at)
 
 
-@pytest.mark.parametrize(("heads", "sms"), [(2, 3), (3, 6), (4, 2)])
-@pytest.mark.parametrize("pairwise", [True, False])
+@pytest.mark.parametrize(("heads", "sms", "pairwise"), [(2, 3, True), (3, 6, False), (4, 2, True)])
 def test_every_row_of_every_head_is_walked_through_once(heads, sms, pairwise, monkeypatch):
     if not pairwise:
         monkeypatch.setattr(tables_module, "PAIRWISE", 0)
     starts, lengths, rows = draw_spans(np.random.default_rng(heads), 9, 400)
-    shares = ranges(starts, lengths, rows=rows, heads=heads, reach=3, sms=sms)
+    shares = shares_of(starts, lengths, rows=rows, heads=heads, reach=3, sms=sms)
     written = np.zeros((rows, heads), int)
     for sm in range(sms):
         for place in places(RangeWalk(shares, jnp.int32(sm), heads=heads, sms=sms, blocks=3)):
@@ -76,7 +80,7 @@ def test_shares_have_near_equal_cost():
     rng = np.random.default_rng(0)
     lengths = jnp.asarray(rng.integers(1, 1025, 200), jnp.int32)
     starts, sms, reach = jnp.cumsum(lengths) - lengths, 33, window_reach(100, 100)
-    shares = ranges(starts, lengths, rows=int(lengths.sum()), heads=1, reach=reach, sms=sms)
+    shares = shares_of(starts, lengths, rows=int(lengths.sum()), heads=1, reach=reach, sms=sms)
     blocks = -(-np.asarray(lengths) // BLOCK)
     cost = np.repeat(np.minimum(blocks, reach) + 2, blocks)
     first = np.append(np.asarray(shares.first[2]), blocks.sum())
@@ -86,7 +90,7 @@ def test_shares_have_near_equal_cost():
 
 def test_statistics_of_samples_do_not_overlap():
     starts, lengths, rows = draw_spans(np.random.default_rng(1), 40, 200)
-    shares = ranges(starts, lengths, rows=rows, heads=1, reach=3, sms=4)
+    shares = shares_of(starts, lengths, rows=rows, heads=1, reach=3, sms=4)
     before = np.asarray(shares.before)
     assert (np.diff(before) == -(-np.asarray(lengths) // BLOCK)).all()
     assert before[-1] * BLOCK <= tables_module.statistics_rows(rows, 40)
@@ -94,7 +98,7 @@ def test_statistics_of_samples_do_not_overlap():
 
 def test_no_samples_have_rows():
     zero = jnp.zeros(3, jnp.int32)
-    shares = ranges(zero, zero, rows=50, heads=2, reach=3, sms=4)
+    shares = shares_of(zero, zero, rows=50, heads=2, reach=3, sms=4)
     for sm in range(4):
         assert not list(places(RangeWalk(shares, jnp.int32(sm), heads=2, sms=4, blocks=2)))
     assert [int(read_gap(shares, i, 50)[1]) for i in range(4)] == [0, 0, 0, 50]
