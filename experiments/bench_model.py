@@ -88,15 +88,17 @@ class Case:
 
 def cases(implementation: str | None = "mosaic_gpu") -> list[Case]:
     """Every preset, fill and model, then the ladder."""
-    batches = {("6", "kunlun"): 1024, ("60", "kunlun"): 256, ("180", "kunlun"): 128, ("6", "interformer"): 512,
-               ("60", "interformer"): 128, ("180", "interformer"): 64, ("6", "wukong"): 1024}  # fmt: skip
+    # Nearly what fits into 80 GB, by fill: (1.0, 0.5).
+    batches = {("6", "kunlun"): (1536, 2048), ("60", "kunlun"): (320, 512), ("180", "kunlun"): (160, 224),
+               ("6", "interformer"): (512, 512), ("60", "interformer"): (128, 128), ("180", "interformer"): (64, 64),
+               ("6", "wukong"): (1024, 1024)}  # fmt: skip
     configs = {"kunlun": KunlunConfig, "interformer": InterFormerConfig, "wukong": WukongConfig}
     found = []
-    for (preset, model), batch in batches.items():
+    for (preset, model), of_fills in batches.items():
         config = getattr(configs[model], f"gflops_{preset}")()
         if model == "kunlun":
             config = dataclasses.replace(config, implementation=implementation)
-        for fill in (1.0, 0.5):
+        for fill, batch in zip((1.0, 0.5), of_fills, strict=True):
             stream = getattr(SyntheticConfig, f"gflops_{preset}")(fill=fill)
             found.append(Case(preset, model, config, stream, batch, fill))
     return found + ladder(next(c for c in found if c.name.startswith("kunlun 6 fill 0.5")))

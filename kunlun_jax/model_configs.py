@@ -195,20 +195,20 @@ class KunlunConfig:
         """6 GFLOPs per sample forward on `SyntheticConfig.gflops_6`; the few conversions get the deepest stack."""
         clicked = EventConfig(width=256, head_width=64, depth=3, n_seeds=128, n_tokens=32, window=100)
         converted = dataclasses.replace(clicked, depth=5)
-        return cls._production(clicked, converted, width=256, generated=256, experts=4, interaction_hidden=1024)
+        return cls._production(clicked, converted, width=256, generated=256, experts=4, interaction_hidden=512)
 
     @classmethod
     def gflops_60(cls) -> "KunlunConfig":
         """60 GFLOPs per sample forward on `SyntheticConfig.gflops_60`; clicks get the widest stack."""
         converted = EventConfig(width=512, head_width=128, depth=7, n_seeds=256, n_tokens=32, window=100)
         clicked = dataclasses.replace(converted, width=768)
-        return cls._production(clicked, converted, width=512, generated=256, experts=4, interaction_hidden=512)
+        return cls._production(clicked, converted, width=512, generated=256, experts=4, interaction_hidden=256)
 
     @classmethod
     def gflops_180(cls) -> "KunlunConfig":
         """180 GFLOPs per sample forward on `SyntheticConfig.gflops_180`."""
         clicked = EventConfig(width=1024, head_width=128, depth=7, n_seeds=256, n_tokens=64, window=100)
-        return cls._production(clicked, clicked, width=1024, generated=512, experts=8, interaction_hidden=512)
+        return cls._production(clicked, clicked, width=1024, generated=512, experts=8, interaction_hidden=256)
 
     @classmethod
     def _production(cls, clicked: EventConfig, converted: EventConfig, *, width: int, **sizes) -> "KunlunConfig":
@@ -491,7 +491,7 @@ class InterFormerConfig:
     @classmethod
     def gflops_180(cls) -> "InterFormerConfig":
         """As many FLOPs as `KunlunConfig.gflops_180`, within 5 %."""
-        return cls._production(width=960, head_width=64, depth=4, hidden=512, cross_rank=128)
+        return cls._production(width=960, head_width=64, depth=4, hidden=256, cross_rank=64)
 
     @classmethod
     def _production(cls, **sizes) -> "InterFormerConfig":

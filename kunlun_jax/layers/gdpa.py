@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float
 
 from kunlun_jax.jagged import Jagged, from_padded, over_shards, to_padded
@@ -82,7 +83,8 @@ class PersonalisedFFN(nnx.Module):
                 implementation=self.implementation,
             )
 
-        out = over_shards(block, q, k, v, sequence.starts, sequence.lengths)
+        # The barrier lets the block write its result once: XLA would repeat its end inside each of the readers.
+        out = lax.optimization_barrier(over_shards(block, q, k, v, sequence.starts, sequence.lengths))
         return sequence.with_values(out.reshape(s.shape))
 
 
