@@ -23,7 +23,7 @@ class Bench:
     """Where the results go, and how often to measure."""
 
     out: pathlib.Path = RESULTS
-    rounds: int = 5
+    rounds: int = 15
     only: str = ""  # part of the names of the cases to time; the other results stay
 
 
