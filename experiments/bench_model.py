@@ -1,6 +1,7 @@
 """Whole training steps on one GPU: samples/s, MFU, memory, waiting for data, and time per module from a profile.
 
-    python experiments/bench_model.py                     # an H100; every case is compiled, about 5 minutes each
+    export XLA_PYTHON_CLIENT_MEM_FRACTION=0.95            # JAX takes three quarters of the memory without it
+    python experiments/bench_model.py                     # an H100; every case is compiled first, minutes each
     python experiments/bench_model.py --only "kunlun 6"   # the cases whose printed name contains this
     python experiments/bench_model.py --memory            # bytes each case needs, by shapes alone; no GPU needed
     python experiments/bench_model.py --plot              # draw the results there are
@@ -92,10 +93,10 @@ class Case:
 
 def cases(implementation: str | None = "mosaic_gpu") -> list[Case]:
     """Every preset, fill and model, then the ladder."""
-    # Nearly what fits into 80 GB, by fill: (1.0, 0.5).
-    batches = {("6", "kunlun"): (1536, 2048), ("60", "kunlun"): (320, 512), ("180", "kunlun"): (160, 224),
+    # Nearly what 80 GB hold (StepMemory.arena), by fill: (1.0, 0.5).
+    batches = {("6", "kunlun"): (1024, 1536), ("60", "kunlun"): (192, 288), ("180", "kunlun"): (96, 128),
                ("6", "interformer"): (512, 512), ("60", "interformer"): (128, 128), ("180", "interformer"): (64, 64),
-               ("6", "wukong"): (1024, 1024)}  # fmt: skip
+               ("6", "wukong"): (512, 512)}  # fmt: skip
     configs = {"kunlun": KunlunConfig, "interformer": InterFormerConfig, "wukong": WukongConfig}
     found = []
     for (preset, model), of_fills in batches.items():
