@@ -13,7 +13,6 @@ from jax import lax
 
 PANEL = 64  # columns of 16-bit elements in one 128-byte swizzled row
 SHARED_MEMORY = 227 * 1024  # bytes one block may use on sm_90
-BARRIERS = (plgpu.Barrier, plgpu.ClusterBarrier)
 
 # wgmma reads tiles of 8 rows. TMA with that tiling addresses wrongly from rows that are not multiples of 8
 # (github.com/jax-ml/jax/issues/34102). For a 64-column panel, tiles of one row are the same bytes and take any row.
@@ -74,8 +73,8 @@ def store_buffer(shape, dtype):
 def shared_bytes(scratch) -> int:
     """Shared memory that these scratch types take: buffers start at multiples of 1024 bytes, a barrier takes 8."""
     buffers = barriers = 0
-    for x in jax.tree.leaves(scratch, is_leaf=lambda x: isinstance(x, (plgpu.RefUnion, *BARRIERS))):
-        if isinstance(x, BARRIERS):
+    for x in jax.tree.leaves(scratch, is_leaf=lambda x: isinstance(x, (plgpu.RefUnion, plgpu.Barrier))):
+        if isinstance(x, plgpu.Barrier):
             barriers += 8 * math.prod((x.num_barriers,) if isinstance(x.num_barriers, int) else x.num_barriers)
             continue
         members = x.refs if isinstance(x, plgpu.RefUnion) else (x,)
