@@ -125,7 +125,7 @@ def tail_arrivals(total: int) -> int:
 
 def load_rows_zero_tail(src_gmem, dst_smem, row, count, columns, barrier):
     """Load rows row … row + count - 1 of `src_gmem` [N, …] into `dst_smem` [R, 64] (its TMA view) and zero its other
-    rows, 0 <= count < R, R a power of two. Arrives `tail_arrivals(R)` times at `barrier`.
+    rows, 0 < count < R, R a power of two. Arrives `tail_arrivals(R)` times at `barrier`.
 
     What lies behind a sample may be NaN, and 0·NaN is NaN: masking the other operand of a product is not enough.
     The zeros come from TMA itself, which fills what it reads past the end of an array.
