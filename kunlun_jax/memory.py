@@ -122,10 +122,10 @@ def device_memory() -> int | None:
 def abstract_batch(schema: FeatureSchema, batch_size: int, *, fraction: float = 1.0) -> Batch:
     """Shapes of a batch on one device whose sequences take `fraction` of their maximum."""
 
-    def ids(*shape):
+    def ids(*shape) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-    def numbers(*shape):
+    def numbers(*shape) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     events = {}

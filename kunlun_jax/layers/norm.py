@@ -17,6 +17,8 @@ class LayerNorm(nnx.LayerNorm):
 
     def __call__(self, x: Float[Array, "*rest width"]) -> Float[Array, "*rest width"]:
         flat = x.reshape(-1, x.shape[-1])  # XLA keeps a row in registers over the last of two axes only
+        assert self.scale is not None  # nnx.LayerNorm can do without; `layer_norm` makes none of those
+        assert self.bias is not None
         return _layer_norm(flat, self.scale[...], self.bias[...]).astype(self.dtype).reshape(x.shape)
 
 

@@ -108,7 +108,8 @@ class Interaction(nnx.Module):
             ensemble = ensemble + self.dot(pair_products(z)).reshape(z.shape)
         if hasattr(self, "cross"):
             ensemble = ensemble + self.cross(z.reshape(z.shape[0], -1)).reshape(z.shape)
-        return self.mlp(mix_tokens(*cast(self.dtype, self.tokens), self.norm(ensemble)))
+        (tokens,) = cast(self.dtype, self.tokens)
+        return self.mlp(mix_tokens(tokens, self.norm(ensemble)))
 
 
 class GeneratedFFN(nnx.Module):

@@ -77,7 +77,8 @@ class WukongLayer(nnx.Module):
         return self.norm(out)
 
     def _map(self, weights: nnx.Param, x: Float[Array, "B n d"]) -> Float[Array, "B m d"]:
-        return mix_tokens(*cast(self.dtype, weights), x)
+        (mixing,) = cast(self.dtype, weights)
+        return mix_tokens(mixing, x)
 
 
 class Wukong(nnx.Module):
