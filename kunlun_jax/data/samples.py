@@ -199,9 +199,7 @@ class Samples:
         store = self.events[event.name]
         start = store.start[indices]
         if len(indices) and np.array_equal(start[1:], (start + lengths)[:-1]):
-            index = slice(
-                start[0], start[-1] + lengths[-1]
-            )  # one after the other: a stream in order needs no gathering
+            index = slice(start[0], start[-1] + lengths[-1])  # a stream in order needs no gathering
         else:
             index = span_index(start, lengths)
         time = store.time[index]
