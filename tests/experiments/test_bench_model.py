@@ -104,3 +104,9 @@ def test_a_case_that_does_not_fit_says_so_and_costs_no_other(tmp_path, capsys, m
 )
 def test_scopes_become_modules(scope, module):
     assert bench_model._module(scope) == module
+
+
+def test_bytes_are_told_without_a_gpu(capsys):
+    assert main(memory=True, only="kunlun 6 fill 1.0") == 0
+    assert "kunlun 6 fill 1.0 batch 1024: " in (out := capsys.readouterr().out)
+    assert "largest batch in 80 GB: " in out
