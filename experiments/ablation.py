@@ -1,17 +1,20 @@
 """Kunlun's parts exchanged one at a time: what each changes in FLOPs, speed and NE, beside the paper's figures.
 
     python experiments/ablation.py                            # on a GPU; two CPU cores alone take hours
+    python experiments/ablation.py --no-speed --turns 8       # NE alone, on a CPU with many cores
     python experiments/ablation.py --no-learn --no-speed      # FLOPs alone: seconds
 
 NE on the synthetic stream, whose labels depend on the sequences by construction: every row is tuned alike and repeated
 over seeds (jobs.py). FLOPs and samples per second at a size where arithmetic counts: two event types of up to 1000
-events, half full, bfloat16, one training step. Writes ablation.json and ablation.png to experiments/results or --out.
+events, half full, bfloat16, one training step. Writes ablation.json and ablation.png to experiments/results or --out;
+what a command leaves out stays there as it is, and what was interrupted goes on with the same command.
 
 Changes are given as the paper gives them, Kunlun against the row: "FLOPs −29 %" for a window means that Kunlun with it
 costs 29 % less than the row without.
 """
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import tyro
-from compare import RESULTS, data_config, summary
+from compare import RESULTS, data_config, finish, summary
 from jobs import Grid, Job, run_jobs
 
 from kunlun_jax.config import TrainConfig, to_dict
@@ -115,32 +118,46 @@ def change(base: float, row: float) -> float:
     return base / row - 1
 
 
-def lines_of(learned: dict[str, Any], measured: dict[str, Any], means: dict[str, Any]) -> list[dict[str, Any]]:
+def lines_of(result: dict[str, Any]) -> list[dict[str, Any]]:
     """One entry per row: values, Kunlun's changes against it, the paper's figures."""
-    entries = []
+    learned, measured = (result[part].get("results", {}) for part in ("learned", "measured"))
+    means, flops, entries = summary(learned), result["flops_per_sample"], []
     for row, paper in ROWS.items():
         entry: dict[str, Any] = {"row": row, "paper": paper}
-        if row in means:
-            entry["test_ne"] = means[row]["test"]["click/ne"]
-            entry["validation_ne"] = means[row]["validation"]["click/ne"]
-            entry["NE"] = change(means["Kunlun"]["test"]["click/ne"]["mean"], entry["test_ne"]["mean"])
-        for name, key in (("FLOPs", "flops_per_sample"), ("speed", "samples_per_second")):
-            if key in measured.get(row, {}) and key in measured.get("Kunlun", {}):
-                entry[key] = measured[row][key]
-                entry[name] = change(measured["Kunlun"][key], measured[row][key])
+        if row in means and "Kunlun" in means:
+            ours, theirs = (means[name]["test"]["click/ne"] for name in ("Kunlun", row))
+            pairs = zip(learned["Kunlun"]["runs"], learned[row]["runs"], strict=True)
+            entry["test_ne"], entry["validation_ne"] = theirs, means[row]["validation"]["click/ne"]
+            entry["NE"] = change(ours["mean"], theirs["mean"])
+            entry["NE_by_seed"] = [change(a["test"]["click/ne"], b["test"]["click/ne"]) for a, b in pairs]
+        if row in flops:
+            entry["flops_per_sample"] = flops[row]
+            entry["FLOPs"] = change(flops["Kunlun"], flops[row])
+        speeds = [measured.get(name, {}).get("samples_per_second") for name in ("Kunlun", row)]
+        if None not in speeds:
+            entry["samples_per_second"] = speeds[1]
+            entry["speed"] = change(*speeds)
         entries.append(entry)
     return entries
 
 
 def table(entries: list[dict[str, Any]]) -> str:
-    """Markdown: Kunlun's change against each row, ours and the paper's."""
-    rows = ["| Kunlun against | FLOPs | paper | samples/s | paper | NE, synthetic | paper |", "|" + "---|" * 7]
-    for e in entries[1:]:
-        cells = []
-        for name in ("FLOPs", "speed", "NE"):
-            cells += [f"{e[name]:+.2%}" if name in e else "–", e["paper"].get(name, "–")]
+    """Markdown: every row's values, and Kunlun's change against it beside the paper's."""
+    rows = ["| | FLOPs | paper | samples/s | | paper | test NE, synthetic | | paper |", "|" + "---|" * 9]
+    for e in entries:
+        ne = e.get("test_ne")
+        cells = [_signed(e, "FLOPs", 1), e["paper"].get("FLOPs", "")]
+        cells += [f"{e['samples_per_second']:,.0f}" if "samples_per_second" in e else "–", _signed(e, "speed", 1)]
+        cells += [e["paper"].get("speed", ""), f"{ne['mean']:.4f} ± {ne['standard_deviation']:.4f}" if ne else "–"]
+        cells += [_signed(e, "NE", 2), e["paper"].get("NE", "")]
         rows.append(f"| {e['row']} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
+
+
+def _signed(entry: dict[str, Any], name: str, digits: int) -> str:
+    if entry["row"] == "Kunlun":
+        return ""
+    return f"{entry[name]:+.{digits}%}" if name in entry else "–"
 
 
 def plot(entries: list[dict[str, Any]], title: str, path: Path) -> None:
@@ -170,14 +187,20 @@ def plot(entries: list[dict[str, Any]], title: str, path: Path) -> None:
 
 
 def ablation(
-    rows: tuple[str, ...] = tuple(ROWS), out: Path = RESULTS, processes: int = 8, learn: bool = True, speed: bool = True
+    rows: tuple[str, ...] = tuple(ROWS),
+    out: Path = RESULTS,
+    processes: int = 8,
+    turns: int = 1,
+    learn: bool = True,
+    speed: bool = True,
 ) -> None:
     """Train and measure, write and print.
 
     Args:
       rows: of the table; Kunlun itself must be one.
       out: directory of the result and the plot.
-      processes: rows that compile at a time; one of them at a time trains.
+      processes: rows that compile at a time.
+      turns: rows that train at a time. If several, a CPU's cores are dealt out among them.
       learn: whether to train for NE.
       speed: whether to measure samples per second.
     """
@@ -186,43 +209,44 @@ def ablation(
     learning, timing = learning_config(), speed_config()
     assert isinstance(learning.model, KunlunConfig)
     assert isinstance(timing.model, KunlunConfig)
-    jobs, flops = [], {}
-    for row in rows:
-        learned = dataclasses.replace(learning, model=ablated(row, learning.model))
-        measured = dataclasses.replace(timing, model=ablated(row, timing.model))
-        flops[row] = flops_of(measured)
-        jobs += [Job(row, learned, GRID, measure=False)] * learn + [Job(f"{row}, speed", measured, None)] * speed
-    so_far = out / "ablation_so_far.json"
-    results = run_jobs(jobs, processes=processes, turns=1, so_far=so_far)
-    for row, count in flops.items():
-        results[f"{row}, speed"] = {"flops_per_sample": count} | results.get(f"{row}, speed", {})
-    options = [f"--{'' if on else 'no-'}{name}" for name, on in (("learn", learn), ("speed", speed))]
-    write(results, f"python experiments/ablation.py {' '.join(options)}", learning, timing, out)
-    so_far.unlink(missing_ok=True)  # FLOPs alone need no job
+    learned = {row: dataclasses.replace(learning, model=ablated(row, learning.model)) for row in rows}
+    timed = {row: dataclasses.replace(timing, model=ablated(row, timing.model)) for row in rows}
+    path = out / "ablation.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    parts = {
+        "learned": ([Job(row, config, GRID, measure=False) for row, config in learned.items()], "--no-speed", learn),
+        "measured": ([Job(row, config, None) for row, config in timed.items()], "--no-learn", speed),
+    }
+    result: dict[str, Any] = {
+        "flops_per_sample": {row: flops_of(config) for row, config in timed.items()},
+        "grid": to_dict(GRID),
+        "learning": to_dict(learning),
+        "speed": to_dict(timing),
+    } | {part: kept[part] if "results" in kept.get(part, {}) else {} for part in parts}
+    for part, (jobs, option, wanted) in parts.items():
+        if wanted:
+            so_far = out / f"ablation_{part}_so_far.json"
+            results = run_jobs(jobs, processes=processes, turns=turns, so_far=so_far, setting=versions())
+            command = f"python experiments/ablation.py {option} --turns {turns}"
+            result[part] = {"command": command, "versions": versions(), "results": results}
+            write(result, out)
+            finish(results, so_far)
+    write(result, out)
+    print(table(lines_of(result)))
 
 
-def write(results: dict[str, Any], command: str, learning: TrainConfig, timing: TrainConfig, out: Path) -> None:
-    """JSON, table and plot."""
+def write(result: dict[str, Any], out: Path) -> None:
+    """JSON and plot."""
     out.mkdir(parents=True, exist_ok=True)
-    learned = {row: results[row] for row in ROWS if row in results}
-    measured = {row: results[f"{row}, speed"] for row in ROWS if f"{row}, speed" in results}
-    entries = lines_of(learned, measured, summary(learned))
-    write_json(
-        out / "ablation.json",
-        {
-            "command": command,
-            "versions": versions(),
-            "grid": to_dict(GRID),
-            "learning": to_dict(learning),
-            "speed": to_dict(timing),
-            "rows": entries,
-            "learned": learned,
-            "measured": measured,
-        },
-    )
-    device = versions()["device"].split(" (")[0]
-    plot(entries, f"Kunlun's parts exchanged one at a time, {device}", out / "ablation.png")
-    print(table(entries))
+    entries = lines_of(result)
+    write_json(out / "ablation.json", {"rows": entries} | result)
+    devices = {
+        name: result[part]["versions"]["device"].split(" (")[0]
+        for part, name in (("learned", "NE"), ("measured", "speed"))
+        if result[part]
+    }
+    on = ", ".join(f"{name} on {device}" for name, device in devices.items())
+    plot(entries, f"Kunlun's parts exchanged one at a time{': ' if on else ''}{on}", out / "ablation.png")
 
 
 if __name__ == "__main__":

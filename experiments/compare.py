@@ -3,7 +3,8 @@
     python experiments/compare.py movielens
     python experiments/compare.py synthetic
 
-For a GPU with many CPU cores beside it; two cores alone take hours.
+For a GPU with many CPU cores beside it, a few minutes; two cores alone take hours. A run that was interrupted goes on
+with the same command; on a CPU with many cores, --turns 5 trains the models side by side on a share of the cores each.
 
 Every model is scaled along its declared recipe to the FLOPs per sample of the first one named, at the data set's mean
 lengths. Each tries the same settings with the same seeds and keeps the setting of the best mean validation NE; the test
@@ -37,8 +38,8 @@ from kunlun_jax.run import load_samples, mean_and_spread, versions, write_json
 
 RESULTS = Path(__file__).parent / "results"
 GRIDS = {
-    # The capacities hold the median and the fullest batch of MovieLens; a synthetic batch is always about half full.
-    "movielens": Grid((1e-3,), (0.3, 0.6), (2, 4), (0, 1, 2), (0.35, 0.85, 1.0)),
+    # The capacities hold 36, 75, 94 and 100 % of MovieLens' batches; a synthetic one is always about half full.
+    "movielens": Grid((1e-3,), (0.3, 0.6), (2, 4), (0, 1, 2), (0.22, 0.32, 0.5, 0.85, 1.0)),
     "synthetic": Grid((1e-3, 3e-3, 1e-2), (0.0,), (1,), (0, 1, 2), (0.57, 1.0)),
 }
 METRICS = ("ne", "auc", "gauc")
@@ -160,6 +161,7 @@ def compare(
     models: tuple[str, ...] = ("kunlun", "interformer", "wukong", "din", "dcnv2"),
     out: Path = RESULTS,
     processes: int = 5,
+    turns: int = 1,
     limit: int | None = None,
 ) -> None:
     """Train, write and print.
@@ -168,7 +170,8 @@ def compare(
       preset: movielens or synthetic.
       models: the first one sets the FLOPs.
       out: directory of the result and the plots.
-      processes: models that compile at a time; one of them at a time trains.
+      processes: models that compile at a time.
+      turns: models that train at a time. If several, a CPU's cores are dealt out among them.
       limit: only so many training samples of the synthetic stream, to try the command out.
     """
     configs = {name: data_config(preset, name) for name in models}
@@ -181,18 +184,33 @@ def compare(
     configs = equal_flops(configs)
     jobs = [Job(named(n).title, c, GRIDS[preset]) for n, c in configs.items()]
     so_far = out / f"compare_{preset}_so_far.json"
-    write(preset, run_jobs(jobs, processes=processes, turns=1, so_far=so_far), configs, out)
+    results = run_jobs(jobs, processes=processes, turns=turns, so_far=so_far, setting=versions())
+    command = f"python experiments/compare.py {preset} --models {' '.join(models)} --turns {turns}"
+    write(preset, results, configs, out, command)
+    finish(results, so_far)
+
+
+def finish(results: dict[str, dict[str, Any]], so_far: Path) -> None:
+    """Remove the file of what was done so far.
+
+    Raises:
+      ValueError: a job failed; the file stays, for another try.
+    """
+    if failed := {label: r["error"] for label, r in results.items() if "error" in r}:
+        raise ValueError(f"{failed} failed; the same command tries them again and keeps the others")
     so_far.unlink()
 
 
-def write(preset: str, results: dict[str, dict[str, Any]], configs: dict[str, TrainConfig], out: Path) -> None:
+def write(
+    preset: str, results: dict[str, dict[str, Any]], configs: dict[str, TrainConfig], out: Path, command: str
+) -> None:
     """JSON, table and plots of a comparison."""
     out.mkdir(parents=True, exist_ok=True)
     means, first = summary(results), next(iter(configs.values()))
     write_json(
         out / f"compare_{preset}.json",
         {
-            "command": f"python experiments/compare.py {preset} --models {' '.join(configs)}",
+            "command": command,
             "versions": versions(),
             "data": {"preset": preset, "synthetic": to_dict(first.synthetic), "batch_size": first.batch_size},
             "optimizer": to_dict(first.optimizer),
@@ -201,7 +219,7 @@ def write(preset: str, results: dict[str, dict[str, Any]], configs: dict[str, Tr
             "results": results,
         },
     )
-    device = next((r["device"] for r in results.values() if "device" in r), "")
+    device = next((r["device"].split(" (")[0] for r in results.values() if "device" in r), "")
     plot(results, f"{preset}, equal FLOPs and tuning, {device}", out / f"compare_{preset}.png")
     best = next((r["best_ne"] for r in results.values() if r.get("best_ne")), None)
     if best:

@@ -1,8 +1,10 @@
 """Several trainings of one model side by side: they differ in seed and settings, not in the data or in shapes.
 
 On a GPU a small model spends its time on launches, and a program's compilation takes longer than its training. So the
-members of a population are one vmapped program: one compilation and one pass over the batches serve all of them. Each
-member computes what `kunlun_jax.training` would (tests/experiments/test_population.py).
+members of a population are one vmapped program there: one compilation and one pass over the batches serve all of them.
+A CPU gains nothing from wider arrays and little from several cores in one operation, so there each member runs the
+program of one, in a thread of its own. Each member computes what `kunlun_jax.training` would
+(tests/experiments/test_compare.py).
 """
 
 import time
@@ -54,12 +56,13 @@ class Controls(NamedTuple):
 
 
 class Population:
-    """Compiled trainings of `size` members of one model.
+    """Trainings of `size` members of one model; `compile` first.
 
     Args:
       model: the config of all members.
       optimizer: what members share: everything but the dense learning rate's peak.
       batches: per part ("train", "validation", ...) the batches in order, from `cut`.
+      threads: one member per program, in threads, rather than all of them in one program; by default on a CPU.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Population:
         batches: dict[str, list[Batch]],
         *,
         size: int,
+        threads: bool | None = None,
     ):
         self.schema, self.optimizer, self.batches, self.size = samples["train"].schema, optimizer, batches, size
         self.base_rates = samples["train"].base_rates()
@@ -81,10 +85,16 @@ class Population:
         self._decayed = ravel_pytree(jax.tree.map(lambda x: jnp.full(x.shape, float(len(x.shape) >= 2)), zeros))[0]
         self.parameters = self._decayed.size
         self._init = jax.jit(jax.vmap(self._init_member))
-        shapes = {_shape(batch): batch for part in batches.values() for batch in part}
+        self._threads = jax.default_backend() == "cpu" if threads is None else threads
+        self._per_program = 1 if self._threads else size
+        self._programs, self.compile_seconds = {}, 0.0
+
+    def compile(self) -> None:
+        """The programs of all batches' shapes, in threads."""
+        shapes = {_shape(batch): batch for part in self.batches.values() for batch in part}
         many = jax.jit(jax.vmap(self._step, in_axes=(0, None, None, None, 0)))
-        state = jax.eval_shape(self._init, jnp.zeros(size, jnp.int32))
-        controls = Controls(*[jax.ShapeDtypeStruct((size,), jnp.float32)] * 3)
+        state = jax.eval_shape(self._init, jnp.zeros(self._per_program, jnp.int32))
+        controls = Controls(*[jax.ShapeDtypeStruct((self._per_program,), jnp.float32)] * 3)
         started = time.perf_counter()
         with ThreadPoolExecutor() as pool:
             compiled = pool.map(
@@ -92,6 +102,7 @@ class Population:
                 shapes.values(),
             )
             self._programs = dict(zip(shapes, compiled, strict=True))
+        self._start([0] * self._per_program)  # its compilation too, once and not in every thread
         self.compile_seconds = time.perf_counter() - started
 
     def _init_member(self, seed) -> Member:
@@ -142,6 +153,13 @@ class Population:
         """
         if len(trials) != self.size:
             raise ValueError(f"{len(trials)} trials for a population of {self.size} members")
+        programs = [trials[i : i + self._per_program] for i in range(0, self.size, self._per_program)]
+        with ThreadPoolExecutor(len(programs)) as pool:
+            states, losses = zip(*pool.map(lambda part: self._run(part, epochs), programs), strict=True)
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *states), np.concatenate(losses)
+
+    def _run(self, trials: Sequence[Trial], epochs: int) -> tuple[Member, np.ndarray]:
+        """`run` for the members of one program."""
         peaks, dropout = (np.array(x, np.float32) for x in list(zip(*trials, strict=True))[:2])
         state = self._start([trial.seed for trial in trials])
         steps = epochs * len(self.batches["train"])
@@ -160,13 +178,22 @@ class Population:
             state = self._init(jnp.array(seeds, jnp.int32))
         return jax.device_put(state, jax.devices()[0])
 
-    def evaluate(self, state: Member, part: str) -> list[dict[str, float]]:
-        """Every member's metrics on a part."""
-        still = Controls(*[np.zeros(self.size, np.float32)] * 3)
-        evaluations = [Evaluation(tasks=self.schema.tasks, base_rates=self.base_rates) for _ in range(self.size)]
+    def evaluate(self, state: Member, part: str, members: slice = slice(None)) -> list[dict[str, float]]:
+        """The metrics of these members on a part."""
+        wanted = range(self.size)[members]
+        if not self._threads:
+            return self._evaluate(state, part, wanted)
+        with ThreadPoolExecutor(len(wanted)) as pool:
+            one = [jax.tree.map(lambda x, i=i: x[i : i + 1], state) for i in wanted]
+            return [metrics for (metrics,) in pool.map(lambda member: self._evaluate(member, part, [0]), one)]
+
+    def _evaluate(self, state: Member, part: str, wanted: Sequence[int]) -> list[dict[str, float]]:
+        """`evaluate` for some members of one program."""
+        still = Controls(*[np.zeros(self._per_program, np.float32)] * 3)
+        evaluations = [Evaluation(tasks=self.schema.tasks, base_rates=self.base_rates) for _ in wanted]
         for batch in self.batches[part]:
             _, logits, _ = self._programs[_shape(batch)](state, self._decayed, batch, np.int32(0), still)
-            logits = np.asarray(logits)
+            logits = np.asarray(logits)[list(wanted)]
             if not np.isfinite(logits).all():  # a diverged member must lose, not stop the others
                 logits = np.nan_to_num(logits, nan=50.0, posinf=50.0, neginf=-50.0)
             labels, mask, weight = (np.asarray(x) for x in (batch.labels, batch.label_mask, batch.weight))
@@ -183,7 +210,7 @@ class Population:
         commonest = max(set(shapes), key=shapes.count)
         batches = [b for b, shape in zip(self.batches["train"], shapes, strict=True) if shape == commonest]
         controls = Controls(*(np.float32(x) for x in (1e-3, self.optimizer.table_learning_rate, 0)))
-        state = jax.tree.map(lambda x: x[0], self._start([0] * self.size))
+        state = jax.tree.map(lambda x: x[0], self._start([0]))
         program = jax.jit(self._step, donate_argnums=0)
         program = program.lower(state, self._decayed, batches[0], np.int32(0), controls).compile()
 

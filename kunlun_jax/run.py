@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import signal
 import statistics
 from collections.abc import Iterator
@@ -135,12 +136,25 @@ def load_samples(config: TrainConfig) -> tuple[dict[str, Samples], dict[str, Any
 
 def versions() -> dict[str, str]:
     """Packages, Python and the device: what a number depends on besides the code."""
-    device = jax.devices()[0]
+    device, cores = jax.devices()[0], len(usable_cores())
+    kind = f"CPU {_cpu_model()}" if device.platform == "cpu" else device.device_kind
     return {
         **{name: importlib.metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
-        "device": f"{device.device_kind} ({device.platform}), {jax.device_count()} of them; {os.cpu_count()} CPU cores",
+        "device": f"{kind} ({device.platform}), {jax.device_count()} of them; {cores} CPU cores",
     }
+
+
+def usable_cores() -> list[int]:
+    """The CPU cores that this process may run on."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def _cpu_model() -> str:
+    """The processor's name as Linux knows it, else as Python does."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor()
 
 
 @contextlib.contextmanager

@@ -37,15 +37,18 @@ def in_order(samples, epochs=1):
     return loader(samples, batch_size=50, epochs=epochs, shuffle=False, capacity_fractions=(1.0,))
 
 
-def test_a_member_of_a_population_is_an_ordinary_training():
+@pytest.mark.parametrize("threads", [False, True])
+def test_a_member_of_a_population_is_an_ordinary_training(threads):
     """Same parameters, order, schedule and optimiser: the losses agree, with a partly filled last batch."""
     config = small(TrainConfig.synthetic_stream("dcnv2"))
     samples, _ = load_samples(config)
     schema, rates = samples["train"].schema, samples["train"].base_rates()
     batches = {part: cut(x, 50, (1.0,)) for part, x in samples.items()}
-    population = Population(config.model, samples, config.optimizer, batches, size=2)
+    population = Population(config.model, samples, config.optimizer, batches, size=2, threads=threads)
+    population.compile()
     state, losses = population.run([Trial(1e-3, 0.5, 1), Trial(3e-3, 0.0, 0)], epochs=2)
     validation = population.evaluate(state, "validation")
+    assert population.evaluate(state, "validation", slice(1, 2)) == validation[1:]
 
     learner = Learner(build(config.model, schema, rngs=nnx.Rngs(0)), schema, config.optimizer, steps=10)
     logged = []
@@ -118,15 +121,14 @@ def test_every_row_of_the_ablation_changes_one_thing():
 
 
 @pytest.mark.slow
-def test_jobs_tune_repeat_measure_and_survive_a_failure(tmp_path):
+@pytest.mark.parametrize("turns", [1, 2])
+def test_jobs_tune_repeat_measure_and_survive_a_failure(turns, tmp_path):
     """Two processes on the CPU: one job trains two settings with two seeds, one can't be built."""
     config = small(TrainConfig.synthetic_stream("dcnv2"))
     grid = jobs.Grid((1e-9, 1e-2), (0.0,), (2,), (0, 1), (1.0,))
     broken = dataclasses.replace(config, synthetic=dataclasses.replace(config.synthetic, train=1))
-    results = jobs.run_jobs(
-        [jobs.Job("DCNv2", config, grid), jobs.Job("broken", broken, grid)], processes=2, turns=1,
-        so_far=tmp_path / "so_far.json",
-    )  # fmt: skip
+    both, so_far = [jobs.Job("DCNv2", config, grid), jobs.Job("broken", broken, grid)], tmp_path / "so_far.json"
+    results = jobs.run_jobs(both, processes=2, turns=turns, so_far=so_far, setting="a")
     assert "training labels are" in results["broken"]["error"]
     done = results["DCNv2"]
     assert [run["seed"] for run in done["runs"]] == [0, 1]
@@ -134,9 +136,25 @@ def test_jobs_tune_repeat_measure_and_survive_a_failure(tmp_path):
     assert done["best"]["validation_ne"] == min(t["validation_ne"] for t in done["tried"])
     assert done["best"]["validation_ne"] == pytest.approx(np.mean([r["validation"]["click/ne"] for r in done["runs"]]))
     assert done["samples_per_second"] > 0
-    assert json.loads((tmp_path / "so_far.json").read_text()) == json.loads(json.dumps(results))
-    compare.write("synthetic", results, {"dcnv2": config}, tmp_path)
+    assert json.loads(so_far.read_text())["results"] == json.loads(json.dumps(results))
+    compare.write("synthetic", results, {"dcnv2": config}, tmp_path, "compare")
     written = json.loads((tmp_path / "compare_synthetic.json").read_text())
     assert written["means"]["DCNv2"]["test"]["click/ne"]["standard_deviation"] > 0
     assert {p.name for p in tmp_path.glob("*.png")} == {"compare_synthetic.png", "compare_synthetic_curves.png"}
     assert jax.default_backend() == "cpu"
+
+    # Again: the training is kept, a speed that is missing is measured, what failed is tried again.
+    kept = json.loads(so_far.read_text())
+    del kept["results"]["DCNv2"]["samples_per_second"]
+    kept["results"]["DCNv2"]["runs"][0]["test"]["click/ne"] = 0.123
+    so_far.write_text(json.dumps(kept))
+    again = jobs.run_jobs(both, processes=2, turns=turns, so_far=so_far, setting="a")
+    assert again["DCNv2"]["runs"][0]["test"]["click/ne"] == 0.123
+    assert again["DCNv2"]["samples_per_second"] > 0
+    assert "training labels are" in again["broken"]["error"]
+    with pytest.raises(ValueError, match="failed; the same command tries them again"):
+        compare.finish(again, so_far)
+    with pytest.raises(ValueError, match=r"of other settings \(setting a and now b\): finish those, or remove it"):
+        jobs.run_jobs(both, processes=2, turns=turns, so_far=so_far, setting="b")
+    compare.finish({"DCNv2": again["DCNv2"]}, so_far)
+    assert not so_far.exists()
