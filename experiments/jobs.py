@@ -198,7 +198,7 @@ def _work(job: Job, learn: bool, shares, pipe) -> None:
         traceback.print_exc()
         pipe.send(("failed", {"error": f"{type(error).__name__}: {error}"}))
     finally:
-        if cores is not None:
+        if shares is not None:
             shares.put(cores)
 
 
@@ -232,6 +232,7 @@ class Trainer:
 
     def train(self) -> dict[str, Any]:
         """Sizes, the tried settings and the best one's runs."""
+        assert self.job.grid is not None
         compiled = {"compile_seconds": round(self.population.compile_seconds, 1)}
         return self.sizes() | compiled | self._tune(self.job.grid, self.samples["train"].schema.tasks[0])
 

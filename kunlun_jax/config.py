@@ -28,7 +28,9 @@ class TrainConfig:
       batch_size: samples per step.
       epochs: passes over the training part.
       shuffle: a new order each epoch; False keeps time order.
-      seed: of the initial parameters and of the order.
+      embedding_dropout: rate at which whole embedding fields are dropped in training: over several epochs the rows
+        that a model has seen most would otherwise be learnt by heart.
+      seed: of the initial parameters, the order and the dropout.
       capacity_fractions: shares of batch_size · max_length events for which a program is compiled.
       loader_threads: threads that prepare batches ahead of the device.
       log_every, save_every: steps between lines in the log, and between checkpoints.
@@ -43,6 +45,7 @@ class TrainConfig:
     batch_size: int = 1000
     epochs: int = 2
     shuffle: bool = False
+    embedding_dropout: float = 0.0
     seed: int = 0
     capacity_fractions: tuple[float, ...] = CAPACITY_FRACTIONS
     loader_threads: int = 1
@@ -54,6 +57,8 @@ class TrainConfig:
         at_least_one(self, "batch_size", "epochs", "loader_threads", "log_every", "save_every")
         if self.seed < 0:
             raise ValueError(f"seed: must not be negative, got {self.seed}")
+        if not 0 <= self.embedding_dropout < 1:
+            raise ValueError(f"embedding_dropout: must be at least 0 and below 1, got {self.embedding_dropout}")
 
     @classmethod
     def movielens(cls, model: str = "kunlun") -> "TrainConfig":

@@ -71,8 +71,10 @@ class MeshLearner(Learner):
         mesh: Mesh,
         tables: TablePlan,
         batch_size: int,
+        dropout: float = 0.0,
+        seed: int = 0,
     ):
-        super().__init__(model, schema, config, steps=steps)
+        super().__init__(model, schema, config, steps=steps, dropout=dropout, seed=seed)
         self.mesh, self.shards, self.parallel = mesh, mesh.size, tables.config
         own = own_shards(mesh)
         self.own = own if len(own) < mesh.size else None
@@ -172,6 +174,9 @@ class MeshLearner(Learner):
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
+    def _draws(self, step) -> PRNGKeyArray:
+        return jax.random.fold_in(super()._draws(step), lax.axis_index(AXES))  # each device draws for its own samples
+
     def _run(self, state: TrainState, batch: Batch):
         specs = self._specs
         out = (REPLICATED, BATCH, self._flat_specs(), REPLICATED, specs.tables, specs.touched)
@@ -251,14 +256,16 @@ def make_learner(
     """
     dense = bytes_of(nnx.state(model))
     plan = plan_tables(schema, config.parallel, dense_bytes=dense)
+    noise: dict[str, Any] = {"dropout": config.embedding_dropout, "seed": config.seed}
     if config.parallel.devices == 1 and jax.process_count() == 1:
         plan.check()
-        return Learner(model, schema, config.optimizer, steps=steps)
+        return Learner(model, schema, config.optimizer, steps=steps, **noise)
     mesh = make_mesh(config.parallel)
     say(str(plan))
     return MeshLearner(
-        model, schema, config.optimizer, steps=steps, mesh=mesh, tables=plan.check(), batch_size=config.batch_size
-    )
+        model, schema, config.optimizer, steps=steps, mesh=mesh, tables=plan.check(),
+        batch_size=config.batch_size, **noise,
+    )  # fmt: skip
 
 
 def most_ids(schema: FeatureSchema, samples: int) -> Mapping[str, int]:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from kunlun_jax.batch import Batch
 from kunlun_jax.embedding import TableState, embed, init_tables, look_up, update
+from kunlun_jax.embedding.dropout import drop_fields
 from kunlun_jax.metrics import Evaluation
 from kunlun_jax.optimizer import FlatParameters, OptimizerConfig, dense_optimizer, schedule
 from kunlun_jax.processes import gather
@@ -90,14 +91,24 @@ class Learner:
       model: maps an EmbeddedBatch to logits; only its structure is kept, its parameters go into `init()`. An abstract
         one, of shapes alone, serves for `abstract()` and for compiling.
       steps: length of the training, which the learning-rate schedules need.
+      dropout: rate at which embedding fields are dropped in training, drawn anew from `seed` in each step.
     """
 
     mesh: Mesh | None = None
     shards = 1  # of a batch
     own: list[int] | None = None  # those that this process feeds, if not all
 
-    def __init__(self, model: nnx.Module, schema: FeatureSchema, config: OptimizerConfig, *, steps: int):
-        self.schema, self.config, self.steps = schema, config, steps
+    def __init__(
+        self,
+        model: nnx.Module,
+        schema: FeatureSchema,
+        config: OptimizerConfig,
+        *,
+        steps: int,
+        dropout: float = 0.0,
+        seed: int = 0,
+    ):
+        self.schema, self.config, self.steps, self.dropout, self.seed = schema, config, steps, dropout, seed
         self.graphdef, self._params = nnx.split(model)
         self.parameters = sum(x.size for x in jax.tree.leaves(self._params))
         self.flat = FlatParameters(self._params)
@@ -172,6 +183,10 @@ class Learner:
         )
         return tables, state.touched
 
+    def _draws(self, step) -> PRNGKeyArray:
+        """The key of a step's random draws."""
+        return jax.random.fold_in(jax.random.key(self.seed), step)
+
     def _run(self, state: TrainState, batch: Batch):
         return self._device_step(state, batch)
 
@@ -181,24 +196,26 @@ class Learner:
         rows, plans, _ = self._look_up(tables, batch)
         return nnx.merge(self.graphdef, self._whole(params))(embed(self.schema, batch, rows, plans))
 
-    def _gradients(self, params, tables, batch: Batch) -> Gradients:
+    def _gradients(self, state: TrainState, batch: Batch) -> Gradients:
         with jax.named_scope("tables"):
-            rows, plans, requests = self._look_up(tables, batch)
+            rows, plans, requests = self._look_up(state.tables, batch)
         total = self._total_weight(batch)
 
         def loss_of(params, rows):
             with jax.named_scope("tables"):
                 embedded = embed(self.schema, batch, rows, plans)
+                if self.dropout:
+                    embedded = drop_fields(embedded, self._draws(state.step), self.dropout)
             logits = nnx.merge(self.graphdef, params)(embedded)
             return log_loss(logits, batch, total), logits
 
         differentiate = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
-        (loss, logits), (grads, row_grads) = differentiate(self._whole(params), rows)
+        (loss, logits), (grads, row_grads) = differentiate(self._whole(state.params), rows)
         return Gradients(loss, logits, self.flat.ravel(grads), row_grads, rows, requests)
 
     def _device_step(self, state: TrainState, batch: Batch):
         """What a device does with its batch shard: everything but the dense parameters' step."""
-        gradients, finite = self._combine(self._gradients(state.params, state.tables, batch))
+        gradients, finite = self._combine(self._gradients(state, batch))
         healthy = state.healthy & finite
         with jax.named_scope("tables"):
             tables, touched = self._update_tables(state, gradients, healthy)
@@ -233,7 +250,7 @@ class Learner:
 
     def _find_non_finite(self, state: TrainState, batch: Batch):
         """The loss, and whether a tensor of the step is bad; groups in the order in which a step computes them."""
-        gradients = self._gradients(state.params, state.tables, batch)
+        gradients = self._gradients(state, batch)
         groups = (
             {"dense": batch.dense, **{name: events.values for name, events in batch.events.items()}},
             gradients.rows,

@@ -37,31 +37,44 @@ def in_order(samples, epochs=1):
     return loader(samples, batch_size=50, epochs=epochs, shuffle=False, capacity_fractions=(1.0,))
 
 
-@pytest.mark.parametrize("threads", [False, True])
-def test_a_member_of_a_population_is_an_ordinary_training(threads):
-    """Same parameters, order, schedule and optimiser: the losses agree, with a partly filled last batch."""
-    config = small(TrainConfig.synthetic_stream("dcnv2"))
+TRIALS = [Trial(1e-3, 0.5, 1), Trial(3e-3, 0.0, 0)]
+
+
+@pytest.fixture(scope="module")
+def ordinary():
+    """Config, samples, and for each trial the logged losses and the validation metrics of an ordinary training."""
+    config, found = small(TrainConfig.synthetic_stream("dcnv2")), []
     samples, _ = load_samples(config)
     schema, rates = samples["train"].schema, samples["train"].base_rates()
-    batches = {part: cut(x, 50, (1.0,)) for part, x in samples.items()}
+    for rate, dropout, seed in TRIALS:
+        optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
+        model = build(config.model, schema, rngs=nnx.Rngs(seed))
+        learner = Learner(model, schema, optimizer, steps=10, dropout=dropout, seed=seed)
+        logged = []
+        state = fit(
+            learner, learner.init(seed), in_order(samples["train"], epochs=2),
+            base_rates=rates, log_every=1, on_log=lambda _, values, to=logged: to.append(values["click/log_loss"]),
+            after_step=lambda *_: True,
+        )  # fmt: skip
+        found.append((logged, learner.evaluate(state, in_order(samples["validation"]), rates).results()))
+    return config, samples, found
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_a_member_of_a_population_is_an_ordinary_training(ordinary, threads):
+    """Same parameters, order, dropout, schedule and optimiser: the losses agree, with a partly filled last batch."""
+    config, samples, found = ordinary
+    batches = {part: cut(x, 50, (1.0,)) for part, x in samples.items() if part != "test"}
     population = Population(config.model, samples, config.optimizer, batches, size=2, threads=threads)
     population.compile()
-    state, losses = population.run([Trial(1e-3, 0.5, 1), Trial(3e-3, 0.0, 0)], epochs=2)
+    state, losses = population.run(TRIALS, epochs=2)
     validation = population.evaluate(state, "validation")
-    assert population.evaluate(state, "validation", slice(1, 2)) == validation[1:]
-
-    learner = Learner(build(config.model, schema, rngs=nnx.Rngs(0)), schema, config.optimizer, steps=10)
-    logged = []
-    state = fit(
-        learner, learner.init(0), in_order(samples["train"], epochs=2),
-        base_rates=rates, log_every=1, on_log=lambda _, values: logged.append(values["click/log_loss"]),
-        after_step=lambda *_: True,
-    )  # fmt: skip
-    own = learner.evaluate(state, in_order(samples["validation"]), rates).results()
-    np.testing.assert_allclose(losses[1], logged, rtol=1e-4)
-    assert validation[1]["click/ne"] == pytest.approx(own["click/ne"], rel=1e-4)
-    assert validation[1]["click/gauc_users_dropped"] == own["click/gauc_users_dropped"]
+    for mine, metrics, (logged, wanted) in zip(losses, validation, found, strict=True):
+        np.testing.assert_allclose(mine, logged, rtol=1e-4)
+        assert metrics["click/ne"] == pytest.approx(wanted["click/ne"], rel=1e-4)
+        assert metrics["click/gauc_users_dropped"] == wanted["click/gauc_users_dropped"]
     assert abs(losses[0] - losses[1]).max() > 1e-3
+    assert population.evaluate(state, "validation", slice(1, 2)) == validation[1:]
     with pytest.raises(ValueError, match="1 trials for a population of 2 members"):
         population.run([Trial(1e-3, 0.0, 0)], epochs=1)
 

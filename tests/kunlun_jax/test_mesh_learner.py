@@ -26,7 +26,7 @@ from kunlun_jax.mesh_learner import MeshLearner, make_learner, most_ids
 from kunlun_jax.model_configs import EventConfig, KunlunConfig
 from kunlun_jax.models.kunlun import Kunlun
 from kunlun_jax.optimizer import OptimizerConfig
-from kunlun_jax.sharding import ParallelConfig, experts_of, make_mesh, own_rows, variables
+from kunlun_jax.sharding import BATCH, REPLICATED, ParallelConfig, experts_of, make_mesh, own_rows, variables
 from kunlun_jax.training import Learner, NonFiniteLoss
 
 SAMPLES, STEPS, RATE = 16, 3, 0.5
@@ -124,9 +124,11 @@ def one_shard(batch):
     return dataclasses.replace(batch, events=events, request_index=index)
 
 
-def mesh_learner(model, config, batch_size=SAMPLES):
+def mesh_learner(model, config, batch_size=SAMPLES, **options):
     plan = plan_tables(SCHEMA, dataclasses.replace(config, replicate_below=200))
-    return MeshLearner(model, SCHEMA, SETTINGS, steps=STEPS, mesh=make_mesh(config), tables=plan, batch_size=batch_size)
+    return MeshLearner(
+        model, SCHEMA, SETTINGS, steps=STEPS, mesh=make_mesh(config), tables=plan, batch_size=batch_size, **options
+    )
 
 
 def cut(tables):
@@ -141,6 +143,18 @@ def test_one_step_gives_the_dense_parameters_of_one_device(runs, mesh):
     np.testing.assert_allclose(logits[0], expected[0], rtol=1e-5, atol=1e-6)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), alone[0].params, alone[-1].params)
     assert max(jax.tree.leaves(moved)) > 1e-2  # the comparison is of something
+
+
+def test_dropout_draws_anew_on_every_device_and_in_every_step(model, batches, runs):
+    learner = mesh_learner(model, MESHES["2×4"], dropout=0.5, seed=1)
+    draws = learner._over_mesh(lambda step: jax.random.key_data(learner._draws(step))[None], (REPLICATED,), BATCH)
+    assert len(np.unique(np.concatenate([draws(jnp.int32(step)) for step in (0, 1)]), axis=0)) == 16
+    batch = learner.place(batches[0])
+    once, again = (learner.train_step(learner.init(0), batch)[1].logits for _ in range(2))
+    np.testing.assert_array_equal(once, again)
+    assert np.abs(once - runs["2×4"][2][0]).max() > 1e-2
+    state = learner.init(0)
+    np.testing.assert_allclose(learner.predict(state.params, state.tables, batch), runs["2×4"][2][0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("mesh", [name for name, config in MESHES.items() if config.replicas == 1])

@@ -44,6 +44,8 @@ def test_a_config_survives_json(config):
         ({"model": {"head_hidden": [8, "a"]}}, "config.model.head_hidden: 'a' is not int"),
         ({"batch_size": 0}, "batch_size: must be at least 1, got 0"),
         ({"seed": -1}, "seed: must not be negative, got -1"),
+        ({"embedding_dropout": 1.0}, "embedding_dropout: must be at least 0 and below 1, got 1.0"),
+        ({"embedding_dropout": -0.1}, "embedding_dropout: must be at least 0 and below 1, got -0.1"),
     ],
 )
 def test_unknown_fields_and_wrong_types_are_named(change, message):
