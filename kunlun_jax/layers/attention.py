@@ -5,27 +5,26 @@ from jaxtyping import Array, Float
 
 from kunlun_jax.jagged import Jagged, over_shards
 from kunlun_jax.layers.mlp import in_parts, linear
-from kunlun_jax.layers.norm import layer_norm
+from kunlun_jax.layers.norm import split_norm
 from pallas_kernels import sliding_window_attention
 
 
 class WindowAttention(nnx.Module):
     """S + W_o MHA(Norm(S)): softmax(q_t K_{[t−w, t+w]}ᵀ / √D) V with rotary q and k; pre-norm and residual [choice].
 
-    `window` None attends to the whole sequence.
+    The norm has no scale and no bias: W_qkv can express the scale [choice]. `window` None attends to the whole sequence.
     """
 
     def __init__(
         self, width: int, head_width: int, window: int | None, *, dtype: str, implementation: str | None, rngs: nnx.Rngs
     ):
         self.heads, self.window, self.implementation = width // head_width, window, implementation
-        self.norm = layer_norm(width, dtype=dtype, rngs=rngs)
         self.query_key_value = linear(width, 3 * width, bias=False, dtype=dtype, rngs=rngs)
         self.output = linear(width, width, bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, sequence: Jagged, angles: Float[Array, "P N half"]) -> Jagged:
-        s = sequence.values
-        projected = in_parts(self.query_key_value, self.norm(s), 3)
+        s, normed = split_norm(sequence.values)
+        projected = in_parts(self.query_key_value, normed, 3)
         q, k, v = (x.reshape(*s.shape[:2], self.heads, -1) for x in projected)
 
         def attend(q, k, v, angles, starts, lengths):

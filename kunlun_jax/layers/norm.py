@@ -27,6 +27,38 @@ def layer_norm(width: int, *, dtype: str, rngs: nnx.Rngs) -> LayerNorm:
     return LayerNorm(width, epsilon=EPSILON, dtype=jnp.dtype(dtype), param_dtype=jnp.float32, rngs=rngs)
 
 
+def split_norm(x: Float[Array, "*rest width"]) -> tuple[Float[Array, "*rest width"], Float[Array, "*rest width"]]:
+    """x itself for the residual connection, and LayerNorm(x) without scale and bias, which the linear map behind it
+    can express.
+
+    Both go through here so that one pass over the rows makes the whole gradient of x.
+    """
+    residual, normed = _split_norm(x.reshape(-1, x.shape[-1]))
+    return residual.reshape(x.shape), normed.reshape(x.shape)
+
+
+@jax.custom_vjp
+def _split_norm(x):
+    return _split_norm_forward(x)[0]
+
+
+def _split_norm_forward(x):
+    mean, factor = _statistics(x)
+    return (x, ((x.astype(jnp.float32) - mean) * factor).astype(x.dtype)), (x, mean, factor)
+
+
+def _split_norm_backward(saved, gradients):
+    x, mean, factor = saved
+    # The barrier lets the products that end here add up in their own results; XLA would add them in this pass instead.
+    d_residual, d = (g.astype(jnp.float32) for g in lax.optimization_barrier(gradients))
+    normed = (x.astype(jnp.float32) - mean) * factor
+    d = d - jnp.mean(d, axis=1, keepdims=True) - normed * jnp.mean(d * normed, axis=1, keepdims=True)
+    return ((factor * d + d_residual).astype(x.dtype),)
+
+
+_split_norm.defvjp(_split_norm_forward, _split_norm_backward)
+
+
 @jax.custom_vjp
 def _layer_norm(x, scale, bias):
     mean, factor = _statistics(x)

@@ -29,7 +29,7 @@ def test_equals_softmax_attention_within_the_window(window, shards):
     out = unpack(plain.run(module, sequence, angles))
     inputs, turns = unpack(sequence), unpack(sequence.with_values(angles))
     for got, s, angle in zip(out, inputs, turns, strict=True):
-        q, k, v = np.split(plain.linear(module.query_key_value, plain.layer_norm(module.norm, s)), 3, axis=-1)
+        q, k, v = np.split(plain.linear(module.query_key_value, plain.normalise(s)), 3, axis=-1)
         q, k = (plain.rotate(x, angle, WIDTH // HEAD) for x in (q, k))
         apart = np.abs(np.subtract.outer(np.arange(len(s)), np.arange(len(s))))
         mixed = plain.attention(q, k, v, WIDTH // HEAD, visible=True if window is None else apart <= window)

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from kunlun_jax.layers.mlp import in_parts, linear, mix_tokens
-from kunlun_jax.layers.norm import EPSILON, layer_norm
+from kunlun_jax.layers.norm import EPSILON, layer_norm, split_norm
 
 
 def plain(x, scale, bias):
@@ -34,6 +34,20 @@ def test_values_and_gradients_are_those_of_the_definition(shape):
 
     np.testing.assert_allclose(ours(x, scale, bias), plain(x, scale, bias), atol=1e-5)
     chex.assert_trees_all_close(gradients(ours), gradients(plain), atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (2, 5, 12)])
+def test_split_norm_passes_its_operand_on_and_adds_both_gradients(shape):
+    x, *weights = (jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0), 3))
+
+    def loss(split):
+        return lambda x: sum(jnp.sum(w * part) for w, part in zip(weights, split(x), strict=True))
+
+    def definition(x):
+        return x, plain(x, 1.0, 0.0)
+
+    chex.assert_trees_all_close(split_norm(x), definition(x), atol=1e-5)
+    np.testing.assert_allclose(jax.grad(loss(split_norm))(x), jax.grad(loss(definition))(x), atol=2e-5)
 
 
 def test_narrow_rows_give_narrow_results_and_float32_gradients_of_the_parameters():

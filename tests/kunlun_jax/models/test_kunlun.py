@@ -47,7 +47,7 @@ LENGTHS = [3, 5, 0, 4]
 
 
 def build(config):
-    return plain.build(lambda: Kunlun(config, SCHEMA, rngs=nnx.Rngs(0)), np.random.default_rng(0), scale=0.6)
+    return plain.build(lambda: Kunlun(config, SCHEMA, rngs=nnx.Rngs(0)), np.random.default_rng(0), scale=0.5)
 
 
 def once_per_config(function):
