@@ -47,39 +47,29 @@ def in_two_passes(gdpa, q, k, v, *spans, eps: float, **static):
 
     def forward(q, k, v):
         q = flat(q)
-        normed, layer = normalise(q)
-        attended, pull = jax.vjp(lambda x, k, v: gdpa(x, k, v, *spans, **static), by_head(normed), k, v)
-        attended = flat(attended)
-        mixed = _normed(q, layer).astype(jnp.float32) + attended.astype(jnp.float32)
-        rms = lax.rsqrt(jnp.mean(mixed**2, axis=1, keepdims=True) + eps)
-        out = jnp.where(inside, mixed * rms + q.astype(jnp.float32), 0).astype(q.dtype)
-        return by_head(out), (q, attended, layer, rms, pull)
-
-    def normalise(q):
-        """LayerNorm's result in q's dtype; and the mean and one over the standard deviation of rows, [N, 1] float32:
-        who has them needs one reading of the rows less."""
-        wide = q.astype(jnp.float32)
-        mean = jnp.mean(wide, axis=1, keepdims=True)
-        layer = mean, lax.rsqrt(jnp.mean((wide - mean) ** 2, axis=1, keepdims=True) + eps)
-        return lax.optimization_barrier((_normed(q, layer), layer))
+        normed = by_head(_layer_norm(q, eps)[0].astype(q.dtype))
+        attended, pull = jax.vjp(lambda x, k, v: gdpa(x, k, v, *spans, **static), normed, k, v)
+        mixed = _layer_norm(q, eps)[0].astype(q.dtype).astype(jnp.float32) + flat(attended).astype(jnp.float32)
+        out = mixed * _rms(mixed, eps) + q.astype(jnp.float32)
+        return by_head(jnp.where(inside, out, 0).astype(q.dtype)), (q, attended, pull)
 
     def backward(residuals, d_out):
-        q, attended, layer, rms, pull = residuals
-        d_out = flat(d_out)
+        q, attended, pull = residuals
+        d_out, attended = flat(d_out), flat(attended)
 
         def d_mixed():
-            mixed = _normed(q, layer).astype(jnp.float32) + attended.astype(jnp.float32)
-            normed, d = mixed * rms, d_out.astype(jnp.float32)
+            mixed = _layer_norm(q, eps)[0].astype(q.dtype).astype(jnp.float32) + attended.astype(jnp.float32)
+            rms, d = _rms(mixed, eps), d_out.astype(jnp.float32)
+            normed = mixed * rms
             d = rms * (d - normed * jnp.mean(d * normed, axis=1, keepdims=True))
             return jnp.where(inside, d, 0).astype(q.dtype)
 
         d_attended = lax.optimization_barrier(d_mixed())
         d_normed, d_k, d_v = pull(by_head(d_attended))
-        mean, factor = layer
-        normed = (q.astype(jnp.float32) - mean) * factor
+        normed, scale = _layer_norm(q, eps)
         d = flat(d_normed).astype(jnp.float32) + d_attended.astype(jnp.float32)
         d = d - jnp.mean(d, axis=1, keepdims=True) - normed * jnp.mean(d * normed, axis=1, keepdims=True)
-        d = jnp.where(inside, d * factor + d_out.astype(jnp.float32), 0)
+        d = jnp.where(inside, d * scale + d_out.astype(jnp.float32), 0)
         return by_head(d.astype(q.dtype)), d_k, d_v
 
     block.defvjp(forward, backward)
@@ -91,10 +81,17 @@ def _inside(spans, q):
     return segments(spans[0], spans[1], q.shape[0]) < spans[0].shape[0]
 
 
-def _normed(q, layer):
-    """LayerNorm's result for rows [N, F] whose (mean, one over the standard deviation) is known, in q's dtype."""
-    mean, factor = layer
-    return ((q.astype(jnp.float32) - mean) * factor).astype(q.dtype)
+def _layer_norm(x, eps):
+    """LayerNorm of rows [N, F] in float32, and what it multiplied them by [N, 1]."""
+    x = x.astype(jnp.float32)
+    centred = x - jnp.mean(x, axis=1, keepdims=True)
+    scale = lax.rsqrt(jnp.mean(centred**2, axis=1, keepdims=True) + eps)
+    return centred * scale, scale
+
+
+def _rms(x, eps):
+    """One over the root mean square of rows [N, F], as [N, 1]."""
+    return lax.rsqrt(jnp.mean(x**2, axis=1, keepdims=True) + eps)
 
 
 def mosaic_gpu(*operands, **static):
