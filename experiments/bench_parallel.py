@@ -1,29 +1,27 @@
-"""Measure training over several devices, and model on paper how it grows to thousands.
+"""Measure training over several devices.
 
     python experiments/bench_parallel.py measure                    # one and two GPUs
     python experiments/bench_parallel.py quality                    # c = 1 against c = R, on CPUs
-    python experiments/bench_parallel.py paper                      # from the measured numbers, seconds
 
-Each writes its part of experiments/results/bench_parallel.json (`paper` the plot as well).
+Each writes its parts of experiments/results/bench_parallel.json; parallel_paper.py goes on from there, to thousands of
+devices, and draws the plot.
 
-measure: (a) weak scaling of a bfloat16 Kunlun with equal batch per device, samples/s from whole training steps on
-batches that lie on the devices: one device, two with a table replica each (2D), two with the rows over both (1D), and
-two that share rows and experts; (b) one table's look-up and row-wise AdaGrad alone against its rows, as far as memory
-goes, and whole training steps on one device against the rows of their tables; (c) one table over two devices, 1D and
-2D, from which the exchange's share of a step follows.
+measure: (a) `scaling`, weak scaling of a bfloat16 Kunlun with equal batch per device, samples/s from whole training
+steps on batches that lie on the devices: one device, two with a table replica each (2D), two with the rows over both
+(1D), and two that share rows and experts; of several devices also the time inside exchanges, waiting for each other
+included, from a profile; (b) `tables`, one table's look-up and row-wise AdaGrad alone against its rows, as far as
+memory goes, and one table over all devices, 1D and 2D; `steps`, whole training steps on one device against the rows of
+their tables.
 Times are medians over rounds of many steps without a wait in between, rotating batches.
 
 quality: NE on the generated stream at equal samples for one replica, R replicas with c = 1 and with c = R.
-
-paper: step time = compute + exchange inside the group + averaging of replicas + all-reduce of dense gradients + what
-two devices measured beyond that, with the assumptions that it prints.
 """
 
 import concurrent.futures
 import dataclasses
 import gc
+import importlib.metadata
 import json
-import math
 import pathlib
 import sys
 import time
@@ -34,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from bench_model import profiled
 from flax import nnx
 
 from kunlun_jax.batch import Batch, check_batch
@@ -53,13 +52,14 @@ from kunlun_jax.training import Learner
 RESULTS = pathlib.Path(__file__).parent / "results"
 NAME = "bench_parallel"
 BATCHES = 4  # rotated through
+PROFILED = 4  # steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
     """Weak scaling, step time against rows, and 1D against 2D, on the devices at hand."""
 
-    batch: int = 1024  # samples per device
+    batches: tuple[int, ...] = (1024, 4096, 8192)  # samples per device, for the scaling
     table_rows: int = 10_000_000
     width: int = 128
     max_length: int = 128
@@ -72,6 +72,7 @@ class Measure:
     implementation: str | None = None  # of the sequence operators
     settings: str = ""  # part of the names of the settings to time beside one device
     rows_in_a_step: tuple[int, ...] = (10**5, 10**6, 10**7, 10**8)
+    batch_in_a_step: int = 4096
     parts: tuple[Literal["tables", "steps", "scaling"], ...] = ("tables", "steps", "scaling")
     out: pathlib.Path = RESULTS
 
@@ -84,21 +85,6 @@ class Quality:
     batch_size: int = 256
     seeds: tuple[int, ...] = (0, 1)
     runs: pathlib.Path = pathlib.Path("runs/quality")
-    out: pathlib.Path = RESULTS
-
-
-@dataclasses.dataclass(frozen=True)
-class Paper:
-    """Step time on up to `devices` devices."""
-
-    devices: int = 4096
-    group: int = 8  # devices of a host, which share rows in 2D
-    rows: int = 10**9  # of all tables together
-    width: int = 64
-    inside: float = 300e9  # bytes/s per device within a host (NVLink, achieved)
-    across: float = 40e9  # bytes/s per device between hosts (400 Gb/s network, achieved)
-    latency: float = 10e-6  # seconds per collective and doubling of the devices
-    sync_every: tuple[int, ...] = (1, 100)
     out: pathlib.Path = RESULTS
 
 
@@ -166,8 +152,8 @@ def make_batch(schema: FeatureSchema, samples: int, shards: int, seed: int) -> B
     return check_batch(batch, schema)
 
 
-def learners(options: Measure) -> dict[str, tuple[Learner, int]]:
-    """Per setting the learner and its number of devices."""
+def learners(options: Measure, batch: int) -> dict[str, tuple[Learner, int]]:
+    """Per setting the learner and its number of devices, each of which takes `batch` samples."""
     schema, devices = make_schema(options.table_rows, options.max_length), jax.device_count()
     model = Kunlun(make_config(schema, options), schema, rngs=nnx.Rngs(0))
     found: dict[str, tuple[Learner, int]] = {"one device": (Learner(model, schema, OptimizerConfig(), steps=1000), 1)}
@@ -178,10 +164,9 @@ def learners(options: Measure) -> dict[str, tuple[Learner, int]]:
     ):
         if devices > 1 and options.settings in name:
             plan = plan_tables(schema, parallel).check()
-            print(plan, flush=True)
             learner = MeshLearner(
                 model, schema, OptimizerConfig(), steps=1000, mesh=make_mesh(parallel), tables=plan,
-                batch_size=options.batch * devices,
+                batch_size=batch * devices,
             )  # fmt: skip
             found[name] = learner, devices
     return found
@@ -190,33 +175,45 @@ def learners(options: Measure) -> dict[str, tuple[Learner, int]]:
 def measure_scaling(options: Measure, save) -> None:
     notes: set[str] = set()  # which implementation ran where a faster one was passed over
     warnings.showwarning = lambda message, *_, **__: notes.add(str(message))
-    found, prepared = learners(options), {}
-    for name, (learner, devices) in found.items():
-        batches = [make_batch(learner.schema, options.batch * devices, devices, seed) for seed in range(BATCHES)]
-        prepared[name] = learner.train_step.lower(learner.abstract(), learner.place(batches[0])), batches
-    started = time.time()
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        programs = dict(zip(prepared, pool.map(lambda entry: entry[0].compile(), prepared.values()), strict=True))
-    print(f"{len(programs)} programs compiled in {time.time() - started:.0f} s", flush=True)
     rows = []
-    for name, (learner, devices) in found.items():
-        timed = time_learner(learner, programs[name], prepared[name][1], options)
-        rows.append({"setting": name, "devices": devices, "samples": options.batch * devices, **timed})
-        print(rows[-1], flush=True)
-        for row in rows[1:]:
-            row["speedup"] = row["samples_per_second"] / rows[0]["samples_per_second"]
-        save("weak_scaling", rows)
-    config, schema = make_config(found["one device"][0].schema, options), found["one device"][0].schema
+    for batch in options.batches:
+        found = learners(options, batch)
+        batches = {
+            name: [make_batch(learner.schema, batch * devices, devices, seed) for seed in range(BATCHES)]
+            for name, (learner, devices) in found.items()
+        }
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            of_setting = {
+                name: pool.submit(compiled, learner, batches[name][0]) for name, (learner, _) in found.items()
+            }
+            programs = {name: future.result() for name, future in of_setting.items()}
+        one = None
+        for name, (learner, devices) in found.items():
+            row = {"setting": name, "devices": devices, "samples": batch * devices}
+            row |= time_learner(learner, programs[name], batches[name], options)
+            one = one or row["samples_per_second"]
+            rows.append({**row, "speedup": row["samples_per_second"] / one})
+            print(rows[-1], flush=True)
+            save("weak_scaling", rows, notes=sorted(notes))
+        learner, _ = found["one device"]
+        describe_model(options, batch, learner, batches["one device"][0], save)
+
+
+def compiled(learner: Learner, batch: Batch):
+    """A learner's step for batches like this one."""
+    return learner.train_step.lower(learner.abstract(), learner.place(batch)).compile()
+
+
+def describe_model(options: Measure, samples: int, learner: Learner, batch: Batch, save) -> None:
+    config, schema = make_config(learner.schema, options), learner.schema
     flops = training_flops(kunlun_flops(config, schema, {e.name: e.max_length / 2 for e in schema.events}))
-    save(
-        "model",
-        {
-            "training_gflop_per_sample": flops / 1e9,
-            "dense_parameters": found["one device"][0].parameters,
-            "ids_per_device": ids_of(prepared["one device"][1][0], schema),
-            "notes": sorted(notes),
-        },
-    )
+    facts = {
+        "training_gflop_per_sample": flops / 1e9,
+        "dense_parameters": learner.parameters,
+        "samples_per_device": samples,
+        "ids_per_device": ids_of(batch, schema),
+    }
+    save("model", facts)
 
 
 def time_learner(learner: Learner, program, batches: list[Batch], options: Measure) -> dict[str, Any]:
@@ -229,7 +226,12 @@ def time_learner(learner: Learner, program, batches: list[Batch], options: Measu
     placed = [learner.place(batch) for batch in batches]
     placed = jax.device_put(placed, jax.devices()[0]) if learner.mesh is None else placed
     table_bytes = bytes_on_first(state.tables)
-    seconds, state = time_steps(lambda state, i: program(state, placed[i % len(placed)])[0], state, options)
+
+    def step(state, i):
+        return program(state, placed[i % len(placed)])[0]
+
+    seconds, state = time_steps(step, state, options)
+    exchanges, state = time_exchanges(step, state) if learner.mesh is not None else ({}, state)
     if not state.healthy:
         raise FloatingPointError("a step met a number that is not finite; its time means nothing")
     del state, placed
@@ -239,6 +241,7 @@ def time_learner(learner: Learner, program, batches: list[Batch], options: Measu
         "samples_per_second": batches[0].weight.shape[0] / seconds,
         "table_bytes_per_device": table_bytes,
         "implementation": options.implementation or "the fastest that runs",
+        **({"exchange_ms": exchanges} if exchanges else {}),
     }
 
 
@@ -248,9 +251,10 @@ def measure_steps(options: Measure, save) -> None:
         schema = make_schema(count, options.max_length)
         model = Kunlun(make_config(schema, options), schema, rngs=nnx.Rngs(0))
         learner = Learner(model, schema, OptimizerConfig(), steps=1000)
-        batches = [make_batch(schema, options.batch, 1, seed) for seed in range(BATCHES)]
-        program = learner.train_step.lower(learner.abstract(), batches[0]).compile()
-        rows.append({"rows": count, "samples": options.batch, **time_learner(learner, program, batches, options)})
+        batch = options.batch_in_a_step
+        batches = [make_batch(schema, batch, 1, seed) for seed in range(BATCHES)]
+        program = compiled(learner, batches[0])
+        rows.append({"rows": count, "samples": batch, **time_learner(learner, program, batches, options)})
         print(rows[-1], flush=True)
         save("rows_in_a_step", rows)
 
@@ -264,6 +268,23 @@ def ids_of(batch: Batch, schema: FeatureSchema) -> dict[str, int]:
         for field in event.sparse:
             counts[field.table] += batch.events[event.name].values[field.name].size
     return counts
+
+
+def time_exchanges(step, state) -> tuple[dict[str, float], Any]:
+    """Milliseconds per step and device by NCCL kernel, in which devices also wait for each other; and the state."""
+    held = [state]
+
+    def run():
+        for i in range(PROFILED):
+            held.append(step(held.pop(), i))
+        jax.block_until_ready(held)
+
+    found: dict[str, float] = {}
+    for (_, kernel), seconds in profiled(run).items():
+        if "nccl" in kernel.lower():
+            kind = kernel.removeprefix("ncclDevKernel_").split("(")[0]
+            found[kind] = found.get(kind, 0.0) + 1e3 * seconds / PROFILED / jax.device_count()
+    return found, held[0]
 
 
 def bytes_on_first(tree: Any) -> int:
@@ -401,130 +422,38 @@ def quality(options: Quality) -> None:
             save("runs", rows)
 
 
-# --- on paper ---------------------------------------------------------------------------------------------------------
-
-
-def step_time(
-    paper: Paper, devices: int, group: int, sync_every: int, *, compute: float, ids: int, dense: int, beyond: float = 0
-) -> dict[str, float]:
-    """Seconds of each part of a step on `devices` devices, of which `group` share the rows of the tables."""
-    group = min(devices, group)
-    replicas = devices // group
-    row = 4 * paper.width
-
-    def wire(count: int) -> float:
-        return paper.inside if count <= paper.group else paper.across
-
-    def wait(count: int) -> float:
-        return paper.latency * max(math.log2(count), 0)
-
-    # Ids out, rows back, gradients home: all-gather, reduce-scatter, all-gather, of which (G - 1) / G is others'.
-    exchange = (group - 1) * ids * (4 + 2 * row) / wire(group) + 3 * wait(group)
-    averaging = 0.0
-    if replicas > 1:
-        # All-reduce of a row per id of all replicas since the last time, or of the whole block if that is smaller.
-        rows = min(sync_every * devices * ids, paper.rows / group)
-        averaging = (2 * (replicas - 1) / replicas * rows * (row + 4) / wire(devices) + 2 * wait(replicas)) / sync_every
-    reduce = 2 * (devices - 1) / devices * 4 * dense / wire(devices) + 2 * wait(devices)
-    return {
-        "compute": compute,
-        "exchange": exchange,
-        "averaging": averaging,
-        "dense": reduce,
-        "beyond": beyond if devices > 1 else 0.0,
-    }
-
-
-def on_paper(options: Paper) -> None:
-    measured = json.loads((options.out / f"{NAME}.json").read_text())["measure"]
-    one, facts = measured["weak_scaling"][0], measured["model"]
-    known = {
-        "compute": one["ms"] / 1e3,
-        "ids": facts["ids_per_device"]["item"] + facts["ids_per_device"]["user"],
-        "dense": facts["dense_parameters"],
-    }
-    for row in measured["weak_scaling"]:
-        if row["setting"].startswith("1D"):
-            same = sum(step_time(options, row["devices"], row["devices"], 1, **known).values())
-            known["beyond"] = max(row["ms"] / 1e3 - same, 0)
-    assumptions = [
-        f"one device computes {one['samples']} samples in {one['ms']:.1f} ms (measured: {measured['about']['device']})",
-        f"each device sends {known['ids']:,} ids per step, padding included; rows are {options.width} float32 wide",
-        "the exchange is the implemented one: all-gather of ids, reduce-scatter of rows, all-gather of gradients",
-        f"1D shards rows over all devices, 2D over the {options.group} of a host (neighbours = group)",
-        f"{options.rows:,} rows; replicas average a row per id of all since the last time, at most the whole block",
-        f"bytes per second and device: {options.inside / 1e9:.0f} GB/s inside a host, {options.across / 1e9:.0f} GB/s "
-        f"between hosts; {options.latency * 1e6:.0f} µs per collective and doubling of the devices",
-        f"two devices measured {1e3 * known.get('beyond', 0):.1f} ms per step beyond this model; it stays as it is",
-        "nothing overlaps, devices are equally loaded, reading data costs nothing",
-    ]
-    print("assumptions:", *assumptions, sep="\n  ")
-    modes = {"1D": (options.devices, 1)}
-    for every in options.sync_every:
-        modes[f"2D, averaged every {every} step{'s' if every > 1 else ''}"] = (options.group, every)
-    rows = []
-    for mode, (group, every) in modes.items():
-        for devices in [2**i for i in range(options.devices.bit_length())]:
-            parts = step_time(options, devices, group, every, **known)
-            seconds = sum(parts.values())
-            rows.append(
-                {
-                    "mode": mode, "devices": devices, "ms": 1e3 * seconds, "efficiency": known["compute"] / seconds,
-                    "parts_ms": {name: 1e3 * value for name, value in parts.items()},
-                }
-            )  # fmt: skip
-            shown = ", ".join(f"{name} {value:.2f}" for name, value in rows[-1]["parts_ms"].items())
-            print(f"{mode}: {devices:5d} devices {1e3 * seconds:9.2f} ms ({shown}), {rows[-1]['efficiency']:.0%}")
-    Saver(options.out, "paper", options)("step_time", {"assumptions": assumptions, "rows": rows})
-    plot(options.out, measured, rows)
-
-
-def plot(out: pathlib.Path, measured: dict, paper: list[dict]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    scaling = measured["weak_scaling"]
-    axes[0].barh([row["setting"] for row in scaling], [row["samples_per_second"] / 1e3 for row in scaling])
-    for place, row in enumerate(scaling):
-        axes[0].text(0, place, f"  {row['samples_per_second']:,.0f}", va="center", color="white")
-    axes[0].set(title="Weak scaling", xlabel="thousand samples/s")
-    axes[0].invert_yaxis()
-    timed = [row for row in measured["rows_on_one_device"] if "ms" in row]
-    axes[1].semilogx([row["rows"] for row in timed], [row["ms"] for row in timed], "o-")
-    axes[1].set(title="One table's step against its rows", xlabel="rows", ylabel="ms", ylim=(0, None))
-    for mode in dict.fromkeys(row["mode"] for row in paper):
-        points = [row for row in paper if row["mode"] == mode]
-        axes[2].loglog([row["devices"] for row in points], [row["ms"] for row in points], "o-", label=mode)
-    axes[2].set(title="Step time on paper", xlabel="devices", ylabel="ms")
-    axes[2].legend()
-    figure.savefig(out / f"{NAME}.png", dpi=110)
+# --- results ----------------------------------------------------------------------------------------------------------
 
 
 class Saver:
-    """Writes each part as soon as it is known, so that a time limit costs only what follows."""
+    """Writes each part as soon as it is known, so that a time limit costs only what follows, and says where it ran."""
 
-    def __init__(self, out: pathlib.Path, part: str, options: Any):
-        self.file, self.part = out / f"{NAME}.json", part
+    def __init__(self, out: pathlib.Path, command: str, options: Any):
+        self.file, self.command = out / f"{NAME}.json", command
         out.mkdir(parents=True, exist_ok=True)
         self.about = {
-            "command": "python experiments/bench_parallel.py " + type(options).__name__.lower(),
+            "command": " ".join(["python", f"experiments/{pathlib.Path(sys.argv[0]).name}", *sys.argv[1:]]),
             "device": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-            "jax": jax.__version__,
+            "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
             "options": {k: v for k, v in vars(options).items() if not isinstance(v, pathlib.Path)},
         }
 
-    def __call__(self, name: str, values: Any) -> None:
-        everything = json.loads(self.file.read_text()) if self.file.exists() else {}
-        everything[self.part] = {**everything.get(self.part, {}), "about": self.about, name: values}
+    def __call__(self, name: str, values: Any, **more: Any) -> None:
+        """Replace the part `name` of this command's results; the others stay."""
+        everything = read_results(self.file.parent) if self.file.exists() else {}
+        part = {"about": self.about | more, "values": values}
+        everything[self.command] = {**everything.get(self.command, {}), name: part}
         self.file.write_text(json.dumps(everything, indent=1) + "\n")
 
 
+def read_results(out: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """By command and part: {"about": where and how it ran, "values": what came out}."""
+    return json.loads((out / f"{NAME}.json").read_text())
+
+
 def main() -> None:
-    options = tyro.cli(Measure | Quality | Paper, description=__doc__)  # type: ignore[arg-type]
-    {Measure: measure, Quality: quality, Paper: on_paper}[type(options)](options)
+    options = tyro.cli(Measure | Quality, description=__doc__)  # type: ignore[arg-type]
+    {Measure: measure, Quality: quality}[type(options)](options)
 
 
 if __name__ == "__main__":

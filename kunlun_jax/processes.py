@@ -5,18 +5,23 @@ writes the log and the summary. All must see the same directory for checkpoints.
 
 A process that dies leaves the others waiting inside an exchange, which some back ends never give up. So each process
 leaves a sign of life with the coordinator every few seconds, and ends itself with a clear error when another's stops.
+Where the coordinator itself, process 0, dies, JAX's runtime aborts the others at once; `last_words` then speaks for
+them.
 """
 
+import atexit
 import contextlib
 import os
 import pickle
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -75,6 +80,7 @@ def start(config: ProcessConfig) -> None:
     if config.count == 1:
         return
     _meet(config)
+    _leave_last_words(config)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, by which a run saves and stops
     jax.distributed.initialize(
@@ -149,6 +155,21 @@ def _report_to(address: tuple[str, int], config: ProcessConfig, deadline: float)
 
 
 _ended = threading.Event()
+_beside: list[subprocess.Popen] = []  # what speaks for this process if it can't
+
+
+def _leave_last_words(config: ProcessConfig) -> None:
+    program = [sys.executable, "-S", "-E", str(Path(__file__).with_name("last_words.py"))]
+    arguments = [str(config.index), str(config.coordinator), HOW_TO_GO_ON]
+    _beside.append(subprocess.Popen([*program, *arguments], stdin=subprocess.PIPE))
+    atexit.register(_no_last_words)
+
+
+def _no_last_words() -> None:
+    """This process ends in an orderly way, and has said what there is to say."""
+    while _beside:
+        with contextlib.suppress(OSError):
+            _beside.pop().communicate(b".")
 
 
 def finish() -> None:
@@ -165,6 +186,7 @@ def end(code: int) -> int:
     if jax.process_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
+        _no_last_words()
         os._exit(code)
     return code
 

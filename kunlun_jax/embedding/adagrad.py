@@ -73,12 +73,24 @@ def step_rows(
     table: TableState, uids: Int[Array, "n"], grad: Float[Array, "n width"], learning_rate, epsilon, ok, c: float = 1.0
 ) -> TableState:
     """A step on the rows `uids`, which are as in `Plan`; the accumulator is divided by `c` under the root."""
-    table_rows = table.rows.shape[0]
-    # A skipped step moves all ids beyond the table: choosing between old and new tables would copy them.
-    uids = jnp.where(ok, uids, table_rows + jnp.arange(uids.size, dtype=jnp.int32))
-    accumulator = table.accumulator.at[uids].get(mode="fill", fill_value=0, **DISTINCT) + jnp.mean(grad * grad, axis=-1)
-    step = learning_rate * grad / (jnp.sqrt(accumulator / c) + epsilon)[:, None]
+    uids = existing_if(ok, uids, table.rows.shape[0])
+    change, accumulator = row_changes(table, uids, grad, learning_rate, epsilon, c)
+    # Set, not added: so the writing waits for the reading of what it overwrites, and nothing is copied.
     return TableState(
-        table.rows.at[uids].add(-step, mode="drop", **DISTINCT),
+        table.rows.at[uids].add(change.rows, mode="drop", **DISTINCT),
         table.accumulator.at[uids].set(accumulator, mode="drop", **DISTINCT),
     )
+
+
+def existing_if(ok, uids: Int[Array, "n"], table_rows: int) -> Int[Array, "n"]:
+    """The ids, or, of a skipped step, ids beyond the table: choosing between old and new tables would copy them."""
+    return jnp.where(ok, uids, table_rows + jnp.arange(uids.size, dtype=jnp.int32))
+
+
+def row_changes(
+    table: TableState, uids: Int[Array, "n"], grad: Float[Array, "n width"], learning_rate, epsilon, c: float
+) -> tuple[TableState, Float[Array, "n"]]:
+    """What a step adds to the rows `uids` [n, width] and to their accumulators [n], and the accumulators after it."""
+    added = jnp.mean(grad * grad, axis=-1)
+    accumulator = table.accumulator.at[uids].get(mode="fill", fill_value=0, **DISTINCT) + added
+    return TableState(-learning_rate * grad / (jnp.sqrt(accumulator / c) + epsilon)[:, None], added), accumulator

@@ -11,7 +11,8 @@ Each replica takes its own step with the gradient of R times the global mean los
     v_r ← v_r + mean_j g_rj²;   w_r ← w_r − η g_r / (sqrt(v_r / c) + ε)
 
 and every `sync_every` steps, and after the last, replicas become the mean of the weights and of the second moments, of
-the rows touched since the last time only. That the second moments are averaged is ours: the sources leave it open.
+the rows touched since the last time only. That the second moments are averaged is ours: the sources leave it open. With
+`sync_every` 1 replicas are equal before each step, so their changes are exchanged and not their rows.
 Between these averagings replicas differ, though JAX takes them for copies of one array: what reads a table as a whole
 (a checkpoint) waits for one. Tables that are whole on every device have one replica's meaning: all devices take the
 same plain step.
@@ -30,7 +31,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from kunlun_jax.batch import Batch
-from kunlun_jax.embedding.adagrad import DISTINCT, step_all_rows, step_rows
+from kunlun_jax.embedding.adagrad import DISTINCT, existing_if, row_changes, step_all_rows, step_rows
 from kunlun_jax.embedding.placement import Placement, TablePlan
 from kunlun_jax.embedding.tables import Plan, TableState, distinct, ids_by_table, plan_distinct
 from kunlun_jax.schema import FeatureSchema
@@ -115,13 +116,13 @@ class ShardedTables:
                 uids, places = distinct(request.owned, block_rows)
                 grad = lax.all_gather(grad, config.table_axes, tiled=True)
                 grad = jax.ops.segment_sum(grad, places, uids.size)
-            updated[name] = step_rows(tables[name], uids, grad, learning_rate, epsilon, ok, config.c)
-            if config.replicas == 1:
+            uids = existing_if(ok, uids, block_rows)
+            if config.replicas > 1 and config.sync_every == 1:
+                change, _ = row_changes(tables[name], uids, grad, learning_rate, epsilon, config.c)
+                updated[name] = _add_mean(tables[name], uids, change)
                 continue
-            uids = jnp.where(ok, uids, _beyond(block_rows, uids.size))
-            if config.sync_every == 1:
-                updated[name] = _mean_of_replicas(updated[name], uids)
-            else:
+            updated[name] = step_rows(tables[name], uids, grad, learning_rate, epsilon, ok, config.c)
+            if config.replicas > 1:
                 updated[name], noted[name] = self._average_when_due(updated[name], uids, touched[name], step)
         return updated, noted
 
@@ -159,9 +160,30 @@ def _own(asked: Int[Array, "gn"], block_rows: int, axes: tuple[str, ...]) -> Int
     return jnp.where((local >= 0) & (local < block_rows), local, block_rows)
 
 
-def _beyond(rows: int, count: int) -> Int[Array, "count"]:
-    """Distinct ascending numbers that name no row."""
-    return rows + jnp.arange(count, dtype=jnp.int32)
+def _add_mean(table: TableState, uids: Int[Array, "n"], change: TableState) -> TableState:
+    """What averaging equal replicas after their own steps gives: the mean of all replicas' changes, added.
+
+    No replica reads a row for this, and a change travels once where the mean of rows would travel twice. All replicas
+    add in the same order, so they stay equal to the last bit.
+    """
+    replicas, (block_rows, width) = lax.axis_size(DATA), table.rows.shape
+    change = TableState(change.rows / replicas, change.accumulator / replicas)
+    if uids.size * replicas >= 2 * block_rows:
+        # The block itself is less to send, twice, than all changes once, and no ids.
+        sent = jnp.column_stack([change.rows, change.accumulator])
+        block = jnp.zeros((block_rows, width + 1), sent.dtype).at[uids].set(sent, mode="drop", **DISTINCT)
+        mean = lax.psum(block, DATA)
+        return TableState(table.rows + mean[:, :width], table.accumulator + mean[:, width])
+    every_uids, every_change = lax.all_gather((uids, change), DATA)
+
+    def add(replica, table):
+        uids, change = jax.tree.map(lambda x: x[replica], (every_uids, every_change))
+        return TableState(
+            table.rows.at[uids].add(change.rows, mode="drop", **DISTINCT),
+            table.accumulator.at[uids].add(change.accumulator, mode="drop", **DISTINCT),
+        )
+
+    return lax.fori_loop(0, replicas, add, table)
 
 
 def _mean_of_replicas(table: TableState, touched: Int[Array, "m"]) -> TableState:

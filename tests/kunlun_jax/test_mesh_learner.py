@@ -47,7 +47,7 @@ class SmallModel(nnx.Module):
 
     def __call__(self, batch: EmbeddedBatch):
         clicks = batch.events["click"]
-        x = jnp.concatenate([self.set_tokens(batch), self.pool(clicks.with_values(clicks.values["item"]))], axis=1)
+        x = jnp.concatenate([self.set_tokens(batch), self.pool(clicks.with_values(clicks.values["item"]))[0]], axis=1)
         return self.head(self.interaction(x).reshape(x.shape[0], -1))
 
 
@@ -228,7 +228,7 @@ def test_two_replicas_become_the_mean_of_their_groups_steps(runs, batches):
         weight = np.zeros_like(batch.weight)
         weight[group] = batch.weight[group]
         part = dataclasses.replace(batch, weight=weight)
-        of_rows = gradients(state.params, state.tables, part).of_rows
+        of_rows = gradients(state, part).of_rows
         share = float(training.label_weights(part).sum()) / total
         replicas.append({name: np.asarray(2 * share * grad, np.float64) for name, grad in of_rows.items()})
     for table in ("user", "item"):
@@ -254,7 +254,7 @@ def test_kunlun_itself_runs_on_a_mesh():
     batch = random_batch(SCHEMA, np.random.default_rng(1), samples=8, shards=4)
     alone = Learner(model, SCHEMA, SETTINGS, steps=STEPS)
     learner = mesh_learner(model, ParallelConfig(data=2, expert=2), batch_size=8)
-    gradients = jax.jit(alone._gradients)(alone.init(0).params, alone.init(0).tables, batch)
+    gradients = jax.jit(alone._gradients)(alone.init(0), batch)
     state, report = learner.train_step(learner.init(0), learner.place(batch))
     np.testing.assert_allclose(report.loss, gradients.loss, rtol=1e-5)
     np.testing.assert_allclose(own_rows(report.logits), gradients.logits, rtol=1e-4, atol=1e-5)
