@@ -68,7 +68,7 @@ def test_a_tiny_measurement_saves_every_part_and_leaves_the_others(paper, tmp_pa
     (tmp_path / "bench_parallel.json").write_text(json.dumps({"quality": {"runs": {"about": {}, "values": [1]}}}))
     tiny = bench_parallel.Measure(
         batches=(4,), table_rows=1000, max_length=8, ids=128, rows=(500,), steps=1, rounds=1, settings="2D",
-        rows_in_a_step=(500, 1000), batch_in_a_step=4, parts=("scaling", "steps"), out=tmp_path,
+        rows_in_a_step=(500,), batch_in_a_step=4, parts=("scaling", "steps"), out=tmp_path,
     )  # fmt: skip
     bench_parallel.measure(tiny)
     results = bench_parallel.read_results(tmp_path)
@@ -77,5 +77,5 @@ def test_a_tiny_measurement_saves_every_part_and_leaves_the_others(paper, tmp_pa
     one, two = results["measure"]["weak_scaling"]["values"]
     assert (one["samples"], one["speedup"], two["samples"], two["devices"]) == (4, 1.0, 8, 2)
     assert two["speedup"] == pytest.approx(two["samples_per_second"] / one["samples_per_second"])
-    assert [row["rows"] for row in results["measure"]["rows_in_a_step"]["values"]] == [500, 1000]
+    assert [row["rows"] for row in results["measure"]["rows_in_a_step"]["values"]] == [500]
     assert results["measure"]["model"]["values"]["samples_per_device"] == 4
