@@ -22,8 +22,35 @@ def in_parts(layer: nnx.Linear, x: Float[Array, "*rest inputs"], parts: int) -> 
 
     Cutting one wide result copies all of it, since the pieces are operands of kernels; cutting the weights is free.
     """
+    return beside_parts(layer, x, parts)[1]
+
+
+def beside_parts(
+    layer: nnx.Linear, x: Float[Array, "*rest inputs"], parts: int
+) -> tuple[Float[Array, "*rest inputs"], list[Float[Array, "*rest outputs"]]]:
+    """x itself and `in_parts` of it: the gradients of whoever reads this x are added inside the products."""
     (kernel,) = cast(str(jnp.dtype(layer.dtype)), layer.kernel)
-    return [x.astype(layer.dtype) @ part for part in jnp.split(kernel, parts, axis=1)]
+    same, products = _products(x.astype(layer.dtype).reshape(-1, x.shape[-1]), jnp.split(kernel, parts, axis=1))
+    return same.reshape(x.shape), [part.reshape(*x.shape[:-1], -1) for part in products]
+
+
+@jax.custom_vjp
+def _products(x, weights):
+    return x, [x @ w for w in weights]
+
+
+def _products_forward(x, weights):
+    return _products(x, weights), (x, weights)
+
+
+def _products_backward(saved, gradients):
+    (x, weights), (total, of_products) = saved, gradients
+    for d, w in zip(of_products, weights, strict=True):
+        total = d @ w.T + total  # in this order XLA lets the product start from the sum
+    return total, [x.T @ d for d in of_products]
+
+
+_products.defvjp(_products_forward, _products_backward)
 
 
 def mix_tokens(weights: Float[Array, "*m o n"], x: Float[Array, "*m B n d"]) -> Float[Array, "*m B o d"]:

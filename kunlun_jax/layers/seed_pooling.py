@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kunlun_jax.jagged import Jagged, over_shards
-from kunlun_jax.layers.mlp import cast, in_parts, linear, mix_tokens, normal
+from kunlun_jax.layers.mlp import beside_parts, cast, linear, mix_tokens, normal
 from kunlun_jax.layers.norm import layer_norm
 from pallas_kernels import seed_attention
 
@@ -44,7 +44,7 @@ class DenseCompression(nnx.Module):
 
 
 class SeedAttention(nnx.Module):
-    """MHA(Norm(E), P, P) with learnable queries E [S, d] shared by all samples → [B, S, d].
+    """MHA(Norm(E), P, P) with learnable queries E [S, d] shared by all samples → [B, S, d], and P for who reads on.
 
     LayerNorm on E, projections for query, key, value and output without bias, E ~ N(0, 1) [choice]. An empty
     sequence gives 0. With S = the number of output tokens this alone is PMA, pooling by multi-head attention.
@@ -60,10 +60,10 @@ class SeedAttention(nnx.Module):
         self.key_value = linear(width, 2 * width, bias=False, dtype=dtype, rngs=rngs)
         self.output = linear(width, width, bias=False, dtype=dtype, rngs=rngs)
 
-    def __call__(self, sequence: Jagged) -> Float[Array, "B S d"]:
-        s = sequence.values
+    def __call__(self, sequence: Jagged) -> tuple[Float[Array, "B S d"], Jagged]:
         q = self.query(self.norm(self.seeds[...])).reshape(self.seeds.shape[0], self.heads, -1)
-        k, v = (x.reshape(*s.shape[:2], self.heads, -1) for x in in_parts(self.key_value, s, 2))
+        s, keys_values = beside_parts(self.key_value, sequence.values, 2)
+        k, v = (x.reshape(*s.shape[:2], self.heads, -1) for x in keys_values)
 
         def attend(k, v, starts, lengths):
             return seed_attention(
@@ -77,11 +77,12 @@ class SeedAttention(nnx.Module):
             )
 
         pooled = over_shards(attend, k, v, sequence.starts, sequence.lengths)
-        return self.output(pooled.reshape(-1, self.seeds.shape[0], s.shape[-1]))
+        pooled = self.output(pooled.reshape(-1, self.seeds.shape[0], s.shape[-1]))
+        return pooled, sequence.with_values(s)
 
 
 class HierarchicalSeedPooling(nnx.Module):
-    """H = Norm(W_d SumKronLinear(MHA(Norm(E), P, P))): Jagged [P, N, d_e] → [B, n_tokens, d] [fig, 2nd].
+    """H = Norm(W_d SumKronLinear(MHA(Norm(E), P, P))): P, Jagged [P, N, d_e] → H [B, n_tokens, d] and P [fig, 2nd].
 
     Over-complete seeds look at the sequence, then are compressed. The map from d_e to the model's d, bias-free, and
     the LayerNorm that puts the summary on the scale of the set tokens are [choice].
@@ -111,8 +112,9 @@ class HierarchicalSeedPooling(nnx.Module):
         self.project = linear(event_width, width, bias=False, dtype=dtype, rngs=rngs)
         self.norm = layer_norm(width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, sequence: Jagged) -> Float[Array, "B n d"]:
-        return self.norm(self.project(self.compress(self.attention(sequence))))
+    def __call__(self, sequence: Jagged) -> tuple[Float[Array, "B n d"], Jagged]:
+        pooled, sequence = self.attention(sequence)
+        return self.norm(self.project(self.compress(pooled))), sequence
 
 
 class PooledMultiheadAttention(nnx.Module):
@@ -135,5 +137,6 @@ class PooledMultiheadAttention(nnx.Module):
         self.project = linear(event_width, width, bias=False, dtype=dtype, rngs=rngs)
         self.norm = layer_norm(width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, sequence: Jagged) -> Float[Array, "B n d"]:
-        return self.norm(self.project(self.attention(sequence)))
+    def __call__(self, sequence: Jagged) -> tuple[Float[Array, "B n d"], Jagged]:
+        pooled, sequence = self.attention(sequence)
+        return self.norm(self.project(pooled)), sequence

@@ -75,7 +75,7 @@ class SequenceSummary(nnx.Module):
         if self.cls:
             parts.append(take_places(sequence, jnp.broadcast_to(jnp.arange(self.cls), (*lengths.shape[:2], self.cls))))
         if hasattr(self, "pma"):
-            parts.append(self.pma(sequence))
+            parts.append(self.pma(sequence)[0])
         if self.recent:
             places = lengths - self.recent + jnp.arange(self.recent)
             parts.append(take_places(sequence, jnp.where(places < self.cls, -1, places)))

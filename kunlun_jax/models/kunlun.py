@@ -81,7 +81,7 @@ class SequenceLayer(nnx.Module):
             with jax.named_scope(f"{self.name}.pffn"):
                 sequence = self.pffn(sequence, tokens)
             with jax.named_scope(f"{self.name}.seed_pooling"):
-                summary = self.pool(sequence)
+                summary, sequence = self.pool(sequence)
         if hasattr(self, "attend"):
             with jax.named_scope(f"{self.name}.attention"):
                 sequence = self.attend(sequence, angles)

@@ -59,10 +59,22 @@ def test_narrow_rows_give_narrow_results_and_float32_gradients_of_the_parameters
     assert norm.scale[...].dtype == jnp.float32
 
 
-def test_parts_of_a_layer_are_its_result_cut():
+def test_parts_of_a_layer_are_its_result_cut_with_its_gradients():
     layer = linear(6, 12, bias=False, dtype="float32", rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(2), (3, 5, 6))
-    np.testing.assert_allclose(jnp.concatenate(in_parts(layer, x, 3), axis=-1), layer(x), atol=1e-6)
+    x, weights = (jax.random.normal(jax.random.key(seed), (3, 5, n)) for seed, n in ((2, 6), (3, 12)))
+    graph, params = nnx.split(layer)
+
+    def cut(params, x):
+        return jnp.concatenate(in_parts(nnx.merge(graph, params), x, 3), axis=-1)
+
+    def whole(params, x):
+        return nnx.merge(graph, params)(x)
+
+    def gradients(function):
+        return jax.grad(lambda *operands: jnp.sum(weights * function(*operands)), argnums=(0, 1))(params, x)
+
+    np.testing.assert_allclose(cut(params, x), whole(params, x), atol=1e-6)
+    chex.assert_trees_all_close(gradients(cut), gradients(whole), atol=1e-5)
 
 
 def test_tokens_are_mixed_sample_by_sample_for_any_leading_axes():

@@ -57,7 +57,9 @@ def test_hsp_attends_compresses_projects_and_normalises(compression, shards):
     rng = np.random.default_rng(1)
     module = plain.build(lambda: hsp(compression), rng)
     sequence = random_sequence(rng, LENGTHS, EVENT, shards=shards)
-    out = np.asarray(plain.run(module, sequence))
+    out, same = plain.run(module, sequence)
+    np.testing.assert_array_equal(same.values, sequence.values)
+    out = np.asarray(out)
     assert out.shape == (len(LENGTHS), TOKENS, WIDTH)
     for got, s in zip(out, unpack(sequence), strict=True):
         tokens = plain.linear(module.project, compressed(module.compress, pooled(module.attention, s)))
@@ -69,7 +71,7 @@ def test_pma_has_as_many_seeds_as_tokens_and_no_compression():
     module = plain.build(lambda: PooledMultiheadAttention(TOKENS, EVENT, HEAD, WIDTH, rngs=nnx.Rngs(0), **SHARED), rng)
     assert module.attention.seeds.shape == (TOKENS, EVENT)
     sequence = random_sequence(rng, LENGTHS, EVENT)
-    for got, s in zip(np.asarray(plain.run(module, sequence)), unpack(sequence), strict=True):
+    for got, s in zip(np.asarray(plain.run(module, sequence)[0]), unpack(sequence), strict=True):
         tokens = plain.linear(module.project, pooled(module.attention, s))
         np.testing.assert_allclose(got, plain.layer_norm(module.norm, tokens), rtol=1e-3, atol=1e-3)
 
@@ -78,9 +80,9 @@ def test_an_empty_sequence_gives_the_norms_bias_and_finite_gradients():
     rng = np.random.default_rng(3)
     module = plain.build(hsp, rng)
     sequence = random_sequence(rng, [0, 0], EVENT, max_length=4)
-    out = np.asarray(plain.run(module, sequence))
+    out = np.asarray(plain.run(module, sequence)[0])
     np.testing.assert_allclose(out, np.broadcast_to(plain.array(module.norm.bias), out.shape), rtol=1e-6)
     graphdef, params = nnx.split(module)
     values = np.nan_to_num(sequence.values)
-    grads = jax.jit(jax.grad(lambda p: nnx.merge(graphdef, p)(sequence.with_values(values)).sum()))(params)
+    grads = jax.jit(jax.grad(lambda p: nnx.merge(graphdef, p)(sequence.with_values(values))[0].sum()))(params)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
