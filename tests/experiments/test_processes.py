@@ -121,6 +121,7 @@ def test_two_processes_end_where_one_with_two_devices_ends(environment, tmp_path
     launch = ["launch/local.sh", "2", *SETTINGS, "--out", str(tmp_path / "two")]
     launched = subprocess.run(launch, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=200)
     assert launched.returncode == 0, launched.stdout + launched.stderr
+    assert "error" not in launched.stderr
     one_process = environment | {"JAX_NUM_CPU_DEVICES": "2"}
     code, output = end(start(one_process, *SETTINGS, "--out", tmp_path / "one"), 200)
     assert code == 0, output

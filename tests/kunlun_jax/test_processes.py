@@ -1,7 +1,10 @@
 """How processes find each other and agree; real ones run in tests/experiments/test_processes.py."""
 
 import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -78,6 +81,26 @@ def test_one_process_agrees_with_itself():
     assert first_on_one(lambda: 3) == 3
     for vote in (Vote(None), Vote(make_mesh(ParallelConfig(data=2)))):
         assert [vote(np.bool_(hand)) for hand in (False, True)] == [False, True]
+
+
+def last_words(index, coordinator, said=b""):
+    """What is said beside a process that is gone after it wrote `said` to the pipe."""
+    program = Path(processes.__file__).with_name("last_words.py")
+    command = [sys.executable, "-S", "-E", str(program), str(index), coordinator, "Start again"]
+    done = subprocess.run(command, input=said, stderr=subprocess.PIPE, timeout=20)
+    assert done.returncode == 0
+    return done.stderr.decode().strip()
+
+
+def test_a_process_that_is_gone_without_a_word_is_spoken_for():
+    with socket.create_server(("localhost", 0)) as server:
+        coordinator = f"localhost:{server.getsockname()[1]}"
+        killed = "error: process {}: it was killed, or aborted for what stands above. Start again"
+        assert last_words(1, coordinator) == killed.format(1)
+        assert last_words(1, coordinator, b".") == ""
+    lost = f"error: process 1: process 0, the coordinator, has ended or can't be reached at {coordinator}. Start again"
+    assert last_words(1, coordinator) == lost
+    assert last_words(0, coordinator) == killed.format(0)
 
 
 @pytest.mark.parametrize(
