@@ -74,8 +74,9 @@ def ablated(row: str, config: KunlunConfig) -> KunlunConfig:
 
 
 def learning_config() -> TrainConfig:
-    """The synthetic stream, with the viewed events' stack at half the width of the clicked events'."""
+    """100,000 samples of the synthetic stream; the viewed events' stack is half as wide as the clicked events'."""
     config = data_config("synthetic", "kunlun")
+    config = dataclasses.replace(config, synthetic=dataclasses.replace(config.synthetic, train=100_000))
     assert isinstance(config.model, KunlunConfig)
     clicked = config.model.events["clicked"]
     viewed = dataclasses.replace(clicked, width=16, head_width=16, n_tokens=2)

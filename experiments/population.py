@@ -48,7 +48,7 @@ class Member(NamedTuple):
 
 
 class Controls(NamedTuple):
-    """A step's settings: both learning rates as scheduled, and the dropout; with a leading axis over members."""
+    """A step's settings: both learning rates as scheduled, the dropout if any; with a leading axis over members."""
 
     learning_rate: Any
     table_learning_rate: Any
@@ -121,7 +121,8 @@ class Population:
 
         def loss_of(params, rows):
             embedded = embed(self.schema, batch, rows, plans)
-            embedded = drop_fields(embedded, jax.random.fold_in(member.key, step), controls.dropout)
+            if controls.dropout is not None:
+                embedded = drop_fields(embedded, jax.random.fold_in(member.key, step), controls.dropout)
             logits = nnx.merge(self.graphdef, self._unravel(params))(embedded)
             return log_loss(logits, batch), logits
 
@@ -204,12 +205,12 @@ class Population:
     def stopwatch(self) -> Callable[[], float]:
         """Compile the training of one member alone; return a function that measures its samples per second.
 
-        At the commonest batch shape, with the batches on the device already.
+        At the commonest batch shape, without dropout, with the batches on the device already.
         """
         shapes = [_shape(batch) for batch in self.batches["train"]]
         commonest = max(set(shapes), key=shapes.count)
         batches = [b for b, shape in zip(self.batches["train"], shapes, strict=True) if shape == commonest]
-        controls = Controls(*(np.float32(x) for x in (1e-3, self.optimizer.table_learning_rate, 0)))
+        controls = Controls(np.float32(1e-3), np.float32(self.optimizer.table_learning_rate), None)
         state = jax.tree.map(lambda x: x[0], self._start([0]))
         program = jax.jit(self._step, donate_argnums=0)
         program = program.lower(state, self._decayed, batches[0], np.int32(0), controls).compile()

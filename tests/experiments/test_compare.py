@@ -133,6 +133,32 @@ def test_every_row_of_the_ablation_changes_one_thing():
     assert ablation.change(70.0, 100.0) == pytest.approx(-0.3)
 
 
+def test_the_ablation_compares_every_row_with_kunlun_and_keeps_what_it_does_not_do(tmp_path, capsys):
+    def learned(*test_nes):
+        return {"runs": [{part: {"click/ne": x} for part in ("validation", "test")} for x in test_nes]}
+
+    versions = {"device": "a (b), 1 of them"}
+    results = {"Kunlun": learned(0.7, 0.8), "one expert": learned(0.75, 0.75)}
+    speeds = {"Kunlun": {"samples_per_second": 130.0}, "full attention": {"samples_per_second": 100.0}}
+    kept = {
+        "learned": {"command": "c", "versions": versions, "results": results},
+        "measured": {"command": "c", "versions": versions, "results": speeds},
+    }
+    (tmp_path / "ablation.json").write_text(json.dumps(kept))
+    ablation.ablation(rows=("Kunlun", "one expert", "full attention"), out=tmp_path, learn=False, speed=False)
+    written = json.loads((tmp_path / "ablation.json").read_text())
+    assert {part: written[part] for part in kept} == kept
+    entries = {entry["row"]: entry for entry in written["rows"]}
+    assert entries["one expert"]["NE"] == pytest.approx(0.0)
+    assert entries["one expert"]["NE_by_seed"] == pytest.approx([0.7 / 0.75 - 1, 0.8 / 0.75 - 1])
+    assert entries["full attention"]["speed"] == pytest.approx(0.3)
+    assert entries["full attention"]["FLOPs"] == pytest.approx(-0.23, abs=0.01)
+    assert "test_ne" not in entries["full attention"]
+    printed = capsys.readouterr().out
+    assert "| full attention | -23.0% | −29.5 % | 100 | +30.0% | QPS +31.1 % | – | – | neutral |" in printed
+    assert (tmp_path / "ablation.png").exists()
+
+
 @pytest.mark.slow
 def test_jobs_tune_repeat_measure_and_survive_a_failure(tmp_path):
     """Two processes on the CPU: one job trains two settings with two seeds, one can't be built."""
