@@ -26,10 +26,22 @@ from pallas_kernels.attention.tables import BLOCK
 
 
 def attention_dkv(
-    work, tables, q, k, v, dout, statistics, delta, angles=None, *, scale: float, sms: int, interpret=None
+    work,
+    tables,
+    q,
+    k,
+    v,
+    dout,
+    statistics,
+    delta,
+    angles=None,
+    *,
+    turned: bool = False,
+    scale: float,
+    sms: int,
+    interpret=None,
 ):
-    """(dk, dv)."""
-    turned = angles is not None
+    """(dk, dv); angles and turned as for `attention_dq`."""
     return common.persistent(
         functools.partial(_dkv, work=work, turned=turned, scale=scale, sms=sms, interpret=interpret),
         name="attention_dkv",
@@ -76,7 +88,7 @@ def _dkv(
     interpret,
 ):
     *tables, q_gmem, k_gmem, v_gmem, dout_gmem, statistics_gmem, delta_gmem, dk_gmem, dv_gmem = refs
-    tables, angles = common.tables_and_angles(work, tables, turned)
+    tables, angles = common.tables_and_angles(work, tables)
     if not turned:
         held_ready, ready = held_full, full
     kv_heads, width = k_gmem.shape[1:]
@@ -250,7 +262,7 @@ def _dkv(
                 dk, dv = pl.run_scoped(all_blocks, acc, acc)
                 # This warpgroup alone reads these keys and values: they make room for their gradients.
                 dk = dk * scale
-                if turned:
+                if angles is not None:
                     dk = rotary.turn_back(dk, angles, item.kv_row + first)
                 for i, (value, target) in enumerate(((dk, dk_gmem), (dv, dv_gmem))):
                     staging = held_tma.at[held_slot, warpgroup, i]

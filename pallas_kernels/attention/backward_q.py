@@ -35,12 +35,28 @@ def stream_slots(panels: int) -> int:
     return 3 if panels == 2 else 8
 
 
-def attention_dq(work, tables, q, k, v, out, dout, statistics, angles=None, *, scale: float, sms: int, interpret=None):
+def attention_dq(
+    work,
+    tables,
+    q,
+    k,
+    v,
+    out,
+    dout,
+    statistics,
+    angles=None,
+    *,
+    turned: bool = False,
+    scale: float,
+    sms: int,
+    interpret=None,
+):
     """(dq, delta); delta [H, ...] float32 lies as the statistics do.
+
+    angles: of rotary encoding, an `Angles`: dq is turned back by them. turned: q and k are not rotated yet.
 
     Where all samples share the queries, dq is float32 [work.splits, H, rows, D], to be summed and scaled.
     """
-    turned = angles is not None
     shape = work.splits, q.shape[1], q.shape[0], q.shape[2]
     dq = jax.ShapeDtypeStruct(shape, jnp.float32) if work.splits else common.like(q)
     return common.persistent(
@@ -87,7 +103,7 @@ def _dq(
     interpret,
 ):
     *tables, q_gmem, k_gmem, v_gmem, out_gmem, dout_gmem, statistics_gmem, dq_gmem, delta_gmem = refs
-    tables, angles = common.tables_and_angles(work, tables, turned)
+    tables, angles = common.tables_and_angles(work, tables)
     if not turned:
         held_ready, ready = held_full, full
     heads, width = q_gmem.shape[1:]
@@ -275,7 +291,7 @@ def _dq(
                     # This warpgroup alone reads these queries: they make room for their gradient.
                     staging = held_tma.at[held_slot, warpgroup, 0]
                     dq = dq * scale
-                    if turned:
+                    if angles is not None:
                         dq = rotary.turn_back(dq, angles, item.q_row + first)
                     common.stage(dq, staging)
                     common.store_block(staging, dq_gmem, item.q_row + first, head, rows)

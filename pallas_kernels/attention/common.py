@@ -171,10 +171,10 @@ def registers(warpgroups: int, turned: bool, panels: int) -> tuple[int, int]:
     return {2: (240, 24), 3: (160, 32), 4: (112, 32)}[warpgroups]
 
 
-def tables_and_angles(work, refs, turned: bool) -> tuple[Any, Any]:
+def tables_and_angles(work, refs) -> tuple[Any, Any]:
     """The first operands of a kernel: the work's tables, and the angles if there are any."""
     count = len(work.tables._fields)
-    return work.tables(*refs[:count]), Angles(*refs[count:]) if turned else None
+    return work.tables(*refs[:count]), Angles(*refs[count:]) if refs[count:] else None
 
 
 def ready_barriers(held: int, passing: int, turned: bool) -> dict:

@@ -95,7 +95,7 @@ def _kernel(
     interpret,
 ):
     *tables, q_gmem, k_gmem, v_gmem, out_gmem, statistics_gmem = refs
-    tables, angles = common.tables_and_angles(work, tables, turned)
+    tables, angles = common.tables_and_angles(work, tables)
     heads, width = q_gmem.shape[1:]
     group, panels, dtype = heads // k_gmem.shape[1], width // hopper.PANEL, q_gmem.dtype
     kv_slots = k_full.shape[0]

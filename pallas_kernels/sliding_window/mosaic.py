@@ -29,6 +29,7 @@ class Static(NamedTuple):
     left: int | None
     right: int | None
     scale: float
+    turn_inside: bool
     sms: int
     interpret: Any
 
@@ -56,8 +57,10 @@ def mosaic_gpu(
 ):
     """See `sliding_window_attention`.
 
-    turn_inside: apply the angles inside the kernels instead of before them, in a pass of its own. Slower: tiles are
-    turned in shared memory once for every tile that sees them.
+    Queries and keys are rotated in a pass before the kernels, which turn the gradients back themselves.
+
+    turn_inside: rotate inside the kernels too. Slower: tiles are turned in shared memory once for every tile that sees
+    them.
     """
     if max_length == 0:
         return jnp.zeros_like(q)
@@ -66,16 +69,13 @@ def mosaic_gpu(
         None if left >= farthest else left,
         None if right >= farthest else right,
         scale,
+        turn_inside,
         hopper.sm_count() if sms is None else sms,
         interpret,
     )
-    if angles is not None and not turn_inside:
-        q, k = xla.rotated(q, k, starts, lengths, angles)
-    elif angles is not None:
-        angles = lax.stop_gradient(angles)
-        q, k, v, starts, lengths, angles = vary_together(q, k, v, starts, lengths, angles)
-        return _attention(static, q, k, v, starts, lengths, with_end(angles))
-    return _attention(static, *vary_together(q, k, v, starts, lengths), None)
+    if angles is None:
+        return _attention(static, *vary_together(q, k, v, starts, lengths), None)
+    return _attention(static, *vary_together(q, k, v, starts, lengths, lax.stop_gradient(angles)))
 
 
 def _work(static: Static, q, starts) -> Window:
@@ -105,9 +105,13 @@ def forward_warpgroups(width: int, left: int | None, right: int | None, *, turne
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(static: Static, q, k, v, starts, lengths, angles):
     tables = _ranges(static, q, starts, lengths, q.shape[1])
-    warpgroups = forward_warpgroups(q.shape[2], static.left, static.right, turned=angles is not None)
+    if angles is not None and not static.turn_inside:
+        q, k = xla.rotated(q, k, starts, lengths, angles)
+    angles = None if angles is None else with_end(angles)
+    inside = angles if static.turn_inside else None
+    warpgroups = forward_warpgroups(q.shape[2], static.left, static.right, turned=inside is not None)
     run: dict[str, Any] = dict(warpgroups=warpgroups, scale=static.scale, sms=static.sms, interpret=static.interpret)
-    out, statistics = attention_forward(_work(static, q, starts), tables, q, k, v, angles, **run)
+    out, statistics = attention_forward(_work(static, q, starts), tables, q, k, v, inside, **run)
     out, statistics, _ = vary_together(out, statistics, q)
     return out, (q, k, v, starts, lengths, angles, out, statistics)
 
@@ -118,13 +122,14 @@ def _backward(static: Static, residuals, dout):
     dout, work = dout.astype(q.dtype), _work(static, q, starts)
     by_query, by_key = (_ranges(static, q, starts, lengths, x.shape[1]) for x in (q, k))
     run: dict[str, Any] = dict(scale=static.scale, sms=static.sms, interpret=static.interpret)
+    run |= dict(turned=static.turn_inside and angles is not None)
     dq, delta = attention_dq(work, by_query, q, k, v, out, dout, statistics, angles, **run)
     dk, dv = attention_dkv(work, by_key, q, k, v, dout, statistics, delta, angles, **run)
     return (
         *vary_together(dq, dk, dv, q)[:3],
         None,
         None,
-        None if angles is None else jax.tree.map(jnp.zeros_like, angles),
+        None if angles is None else jnp.zeros_like(angles.rows),
     )
 
 

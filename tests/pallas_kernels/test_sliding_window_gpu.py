@@ -91,6 +91,7 @@ def check(case, seed=0, turned=False, implementation="mosaic_gpu"):
 
 CASES = {
     "two-sided, D 128": ((100, 100), dict(heads=4, kv_heads=4, width=128, dtype="bfloat16")),
+    "two-sided, D 64": ((100, 100), dict(heads=4, kv_heads=4, width=64, dtype="bfloat16")),
     "one-sided, grouped, D 64, f16": ((100, 0), dict(heads=8, kv_heads=2, width=64, dtype="float16")),
     "unbounded, grouped, D 128": ((None, None), dict(heads=2, kv_heads=1, width=128, dtype="bfloat16")),
     "only ahead, D 64": ((0, 37), dict(heads=3, kv_heads=3, width=64, dtype="bfloat16")),
