@@ -146,7 +146,7 @@ def plot(out: pathlib.Path, measured: dict[str, Any], paper: list[dict[str, Any]
         (axes[1], "rows_on_one_device", "One table's step against its rows"),
         (axes[2], "rows_in_a_step", "A whole step against its tables' rows"),
     ):
-        timed = [row for row in measured[part]["values"] if "ms" in row]
+        timed = sorted((row for row in measured[part]["values"] if "ms" in row), key=lambda row: row["rows"])
         axis.semilogx([row["rows"] for row in timed], [row["ms"] for row in timed], "o-")
         axis.set(title=title, xlabel="rows", ylabel="ms", ylim=(0, 1.2 * max(row["ms"] for row in timed)))
     for mode in dict.fromkeys(row["mode"] for row in paper):

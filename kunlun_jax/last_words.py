@@ -24,7 +24,7 @@ def main(index: str, coordinator: str, advice: str) -> None:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         except OSError:
-            reason = f"process 0, the coordinator, has ended or can't be reached at {coordinator}"
+            reason += f"; process 0, the coordinator, has ended or can't be reached at {coordinator}"
     print(f"\nerror: process {index}: {reason}. {advice}", file=sys.stderr, flush=True)
 
 

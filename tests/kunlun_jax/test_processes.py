@@ -95,12 +95,12 @@ def last_words(index, coordinator, said=b""):
 def test_a_process_that_is_gone_without_a_word_is_spoken_for():
     with socket.create_server(("localhost", 0)) as server:
         coordinator = f"localhost:{server.getsockname()[1]}"
-        killed = "error: process {}: it was killed, or aborted for what stands above. Start again"
-        assert last_words(1, coordinator) == killed.format(1)
+        gone = "error: process {}: it was killed, or aborted for what stands above{}. Start again"
+        assert last_words(1, coordinator) == gone.format(1, "")
         assert last_words(1, coordinator, b".") == ""
-    lost = f"error: process 1: process 0, the coordinator, has ended or can't be reached at {coordinator}. Start again"
-    assert last_words(1, coordinator) == lost
-    assert last_words(0, coordinator) == killed.format(0)
+    lost = f"; process 0, the coordinator, has ended or can't be reached at {coordinator}"
+    assert last_words(1, coordinator) == gone.format(1, lost)
+    assert last_words(0, coordinator) == gone.format(0, "")
 
 
 @pytest.mark.parametrize(
