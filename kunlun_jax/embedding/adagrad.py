@@ -57,7 +57,8 @@ def update(
         if plan.uids is None:
             updated[name] = step_all_rows(tables[name], grad, learning_rate, epsilon, jnp.asarray(ok))
         else:
-            updated[name] = step_rows(tables[name], plan.uids, grad, learning_rate, epsilon, jnp.asarray(ok))
+            uids = existing_if(jnp.asarray(ok), plan.uids, table_rows)
+            updated[name] = step_rows(tables[name], uids, grad, learning_rate, epsilon)
     return updated
 
 
@@ -70,10 +71,9 @@ def step_all_rows(table: TableState, grad: Float[Array, "V width"], learning_rat
 
 
 def step_rows(
-    table: TableState, uids: Int[Array, "n"], grad: Float[Array, "n width"], learning_rate, epsilon, ok, c: float = 1.0
+    table: TableState, uids: Int[Array, "n"], grad: Float[Array, "n width"], learning_rate, epsilon, c: float = 1.0
 ) -> TableState:
     """A step on the rows `uids`, which are as in `Plan`; the accumulator is divided by `c` under the root."""
-    uids = existing_if(ok, uids, table.rows.shape[0])
     change, accumulator = row_changes(table, uids, grad, learning_rate, epsilon, c)
     # Set, not added: so the writing waits for the reading of what it overwrites, and nothing is copied.
     return TableState(

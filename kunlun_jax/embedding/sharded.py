@@ -121,7 +121,7 @@ class ShardedTables:
                 change, _ = row_changes(tables[name], uids, grad, learning_rate, epsilon, config.c)
                 updated[name] = _add_mean(tables[name], uids, change)
                 continue
-            updated[name] = step_rows(tables[name], uids, grad, learning_rate, epsilon, ok, config.c)
+            updated[name] = step_rows(tables[name], uids, grad, learning_rate, epsilon, config.c)
             if config.replicas > 1:
                 updated[name], noted[name] = self._average_when_due(updated[name], uids, touched[name], step)
         return updated, noted
