@@ -1,6 +1,5 @@
 """Whole training steps on one GPU: samples/s, MFU, memory, waiting for data, and time per module from a profile.
 
-    export XLA_PYTHON_CLIENT_MEM_FRACTION=0.95            # JAX takes three quarters of the memory without it
     python experiments/bench_model.py                     # an H100; every case is compiled first, minutes each
     python experiments/bench_model.py --only "kunlun 6"   # the cases whose printed name contains this
     python experiments/bench_model.py --memory            # bytes each case needs, by shapes alone; no GPU needed
@@ -8,7 +7,9 @@
     python experiments/bench_model.py --toy               # the same at a tiny size on the CPU, a minute
 
 A step is that of a real training: look-up, forward, backward, AdamW, row-wise AdaGrad, and the next batch on its way to
-the device meanwhile. MFU counts the products of the real events by formula (kunlun_jax/flops.py), three times the
+the device meanwhile. Its program is compiled twice: as a training runs it, for the times, and without command buffers,
+inside which a profile knows no operations, for the time per module. Waiting for data is how long the host waits for the
+next batch while a step runs. MFU counts the products of the real events by formula (kunlun_jax/flops.py), three times the
 forward ones, recomputation not, against 989 TFLOP/s. The ladder adds one optimisation after the other to the 6 GFLOP
 model at fill 0.5; where it pads, every sequence is as long as its maximum, which is what padded code computes, and only
 the real events count. Results go to experiments/results/bench_model.json after every case.
@@ -42,7 +43,7 @@ from kunlun_jax.data.pipeline import prefetch_to_device
 from kunlun_jax.data.synthetic import SyntheticConfig, generate, make_schema
 from kunlun_jax.flops import PEAK_FLOPS, mfu, model_flops, total, training_flops
 from kunlun_jax.layers import gdpa as gdpa_layer
-from kunlun_jax.memory import abstract_batch, check_fits, device_memory, largest_batch, step_memory
+from kunlun_jax.memory import abstract_batch, allocate_in_pieces, check_fits, device_memory, largest_batch, step_memory
 from kunlun_jax.model_configs import InterFormerConfig, KunlunConfig, ModelConfig, WukongConfig
 from kunlun_jax.models import build
 from kunlun_jax.training import Learner, TrainState
@@ -96,10 +97,10 @@ class Case:
 def cases(implementation: str | None = "mosaic_gpu") -> list[Case]:
     """Every preset, fill and model, then the ladder. Kunlun's operators are named, so that none is slower unnoticed;
     where only shapes matter, None lets them be traced without a GPU."""
-    # Nearly what 80 GB hold (StepMemory.arena), by fill: (1.0, 0.5).
-    batches = {("6", "kunlun"): (1024, 1536), ("60", "kunlun"): (192, 288), ("180", "kunlun"): (96, 128),
-               ("6", "interformer"): (512, 512), ("60", "interformer"): (128, 128), ("180", "interformer"): (64, 64),
-               ("6", "wukong"): (512, 512)}  # fmt: skip
+    # Nearly what 80 GB hold, by fill: (1.0, 0.5).
+    batches = {("6", "kunlun"): (2048, 3072), ("60", "kunlun"): (416, 640), ("180", "kunlun"): (208, 288),
+               ("6", "interformer"): (1024, 1024), ("60", "interformer"): (256, 256),
+               ("180", "interformer"): (128, 128), ("6", "wukong"): (512, 512)}  # fmt: skip
     configs = {"kunlun": KunlunConfig, "interformer": InterFormerConfig, "wukong": WukongConfig}
     found = []
     for (preset, model), of_fills in batches.items():
@@ -151,19 +152,21 @@ def learner_of(case: Case) -> Learner:
     return Learner(model, schema, TrainConfig.gflops_6().optimizer, steps=200)
 
 
-def programs(case: Case, learner: Learner) -> tuple[Any, Any]:
-    """What makes the first state, and the step, compiled. The cheap random bits are those a GPU makes in hardware."""
+def programs(case: Case, learner: Learner) -> tuple[Any, Any, Any]:
+    """What makes the first state, the step, and the step to profile, compiled. The cheap random bits are those a GPU
+    makes in hardware."""
 
     def first_state() -> TrainState:
         key = jax.random.key(0, impl="unsafe_rbg")
         model = build(case.config, learner.schema, rngs=nnx.Rngs(key))
         return learner.state_of(nnx.split(model)[1], key)
 
-    options = OPTIONS if jax.default_backend() == "gpu" else QUICK
+    gpu = jax.default_backend() == "gpu"
     batch = abstract_batch(learner.schema, case.batch, fraction=case.fraction)
     with contextlib.nullcontext() if case.fused else separate_norms():
-        step = learner.train_step.lower(learner.abstract(), batch).compile(compiler_options=options)
-    return jax.jit(first_state).lower().compile(), step
+        lowered = learner.train_step.lower(learner.abstract(), batch)
+    step = lowered.compile(compiler_options=None if gpu else QUICK)
+    return jax.jit(first_state).lower().compile(), step, lowered.compile(compiler_options=OPTIONS) if gpu else step
 
 
 @contextlib.contextmanager
@@ -207,7 +210,7 @@ def measure(case: Case, *, steps: int) -> dict[str, Any]:
     memory = device_memory()
     needed = check_fits(learner, case.batch, memory or H100, fraction=case.fraction)
     batches, lengths = host_batches(case)
-    first, step = programs(case, learner)
+    first, step, step_to_profile = programs(case, learner)
     state = first()
     stream = prefetch_to_device(itertools.cycle(batches), jax.device_put)
     for _ in range(WARM_UP):
@@ -216,10 +219,11 @@ def measure(case: Case, *, steps: int) -> dict[str, Any]:
 
     waited, start = 0.0, time.perf_counter()
     for _ in range(steps):
-        before = time.perf_counter()
+        before, last = time.perf_counter(), report
         batch = next(stream)
         waited += time.perf_counter() - before
         state, report = step(state, batch)
+        jax.block_until_ready(last)  # as a training does, which reads each report while the next step runs
     jax.block_until_ready(report)
     elapsed = time.perf_counter() - start
     if not report.healthy:
@@ -228,7 +232,7 @@ def measure(case: Case, *, steps: int) -> dict[str, Any]:
     flops = model_flops(case.config, learner.schema, lengths)
     stats, analysis = jax.local_devices()[0].memory_stats() or {}, step.memory_analysis()
     rate = steps * case.batch / elapsed
-    modules = time_per_module(step, lambda: _steps(step, state, stream))
+    modules = time_per_module(step_to_profile, lambda: _steps(step_to_profile, state, stream))
     return dict(
         name=case.name,
         preset=case.preset,
@@ -346,6 +350,7 @@ def main(
     if plot_only:
         plot(list(rows.values()), out.with_suffix(".png"))
         return 0
+    allocate_in_pieces()
     everything = toy_cases() if toy else cases(None if memory else "mosaic_gpu")
     chosen = [case for case in everything if only in case.name]
     if memory:

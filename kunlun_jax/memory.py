@@ -1,6 +1,7 @@
 """Bytes that a training step needs on its device, known before anything is compiled or allocated."""
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,17 +34,8 @@ class StepMemory:
 
     @property
     def total(self) -> int:
-        """What a step uses at a time."""
+        """All of it at a time."""
         return self.state + self.gradients + self.batch + self.residuals
-
-    @property
-    def arena(self) -> int:
-        """What the device's memory must hold so that no step runs out of it: twice what is gone after a step.
-
-        XLA asks for a step's temporaries as one block, and the next step's block may not find the place of the last
-        one, once the batch that arrived meanwhile lies in it: 47 GB of temporaries failed so in 81 GB on an H100.
-        """
-        return self.state + self.batch + 2 * (self.gradients + self.residuals)
 
     def __str__(self) -> str:
         parts = ("state", "gradients", "batch", "residuals")
@@ -92,7 +84,7 @@ def _residuals(learner: Learner, state: TrainState, batch: Batch) -> tuple[list[
 def largest_batch(learner: Learner, memory: int, *, fraction: float = 1.0, multiple: int = 8) -> int:
     """The largest batch, a multiple of `multiple`, whose step is estimated to fit into `memory` bytes; 0 for none."""
     sizes = (16 * multiple, 32 * multiple)
-    few, many = (step_memory(learner, size, fraction=fraction).arena for size in sizes)
+    few, many = (step_memory(learner, size, fraction=fraction).total for size in sizes)
     per_sample = (many - few) / (sizes[1] - sizes[0])
     return max(0, multiple * math.floor((sizes[0] + (memory - few) / per_sample) / multiple))
 
@@ -104,14 +96,25 @@ def check_fits(learner: Learner, batch_size: int, memory: int, *, fraction: floa
       ValueError: it exceeds `memory` bytes; the message says by how much and which batch would fit.
     """
     needed = step_memory(learner, batch_size, fraction=fraction)
-    if needed.arena > memory:
+    if needed.total > memory:
         fits = largest_batch(learner, memory, fraction=fraction)
         advice = f"a batch of {fits} would fit" if fits else "no batch fits; choose a smaller model or smaller tables"
         raise ValueError(
-            f"batch_size {batch_size}: a training step needs about {needed.arena:,} bytes ({needed}; what is gone "
-            f"after a step counts twice), the device has {memory:,}; {advice}"
+            f"batch_size {batch_size}: a training step needs about {needed.total:,} bytes ({needed}), the device has "
+            f"{memory:,}; {advice}"
         )
     return needed
+
+
+def allocate_in_pieces() -> None:
+    """Let JAX take nearly all of a GPU's memory through CUDA's own pool; to be called before JAX meets the GPU.
+
+    XLA asks for a step's temporaries as one block of contiguous addresses. JAX's default allocator loses their place as
+    soon as a batch that arrived meanwhile lies in it: 47 GB could not be found again in 81 GB on an H100. CUDA's pool
+    maps free pages wherever they are. Settings of the user stand.
+    """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "cuda_async")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 
 def device_memory() -> int | None:

@@ -12,7 +12,7 @@ from pallas_kernels import sliding_window_attention
 class WindowAttention(nnx.Module):
     """S + W_o MHA(Norm(S)): softmax(q_t K_{[t−w, t+w]}ᵀ / √D) V with rotary q and k; pre-norm and residual [choice].
 
-    The norm has no scale and no bias: W_qkv can express the scale [choice]. `window` None attends to the whole sequence.
+    The norm has no scale and no bias: W_qkv can express the scale [choice]. `window` None: no bound.
     """
 
     def __init__(
