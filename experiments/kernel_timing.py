@@ -6,9 +6,9 @@ recomputed ones not twice.
 
 Times are of whole calls under jit, schedule tables included: bursts of calls with pauses between them, the time of a
 burst of one call taken off, medians. Ahead of each burst the GPU counts for some milliseconds on one of its
-multiprocessors, so that all calls of the burst wait in its queue: a call of 0.1 ms takes the host about as long to start
-as the GPU to run, and a training step, one program, doesn't start its operators one by one either. A GPU under lasting
-load lowers its clock: expect up to a tenth more there.
+multiprocessors, so that all calls of the burst wait in its queue: the host takes about as long to start a call of
+0.1 ms as the GPU to run it, and a training step, one program, doesn't start its operators one by one either. A GPU
+under lasting load lowers its clock: expect up to a tenth more there.
 """
 
 import dataclasses
