@@ -6,13 +6,14 @@
     python experiments/bench_model.py --plot              # draw the results there are
     python experiments/bench_model.py --toy               # the same at a tiny size on the CPU, a minute
 
-A step is that of a real training: look-up, forward, backward, AdamW, row-wise AdaGrad, and the next batch on its way to
-the device meanwhile. Its program is compiled twice: as a training runs it, for the times, and without command buffers,
-inside which a profile knows no operations, for the time per module. Waiting for data is how long the host waits for the
-next batch while a step runs. MFU counts the products of the real events by formula (kunlun_jax/flops.py), three times
-the forward ones, recomputation not, against 989 TFLOP/s. The ladder adds one optimisation after the other to the model
-of 6 GFLOPs at fill 0.5; where it pads, every sequence is as long as its maximum, which is what padded code computes, and only
-the real events count. Results go to experiments/results/bench_model.json after every case.
+A step is that of a real training: look-up, forward, backward, AdamW, row-wise AdaGrad, and the next batch on its way
+to the device meanwhile. Its program is compiled twice: as a training runs it, for the times, and without command
+buffers, inside which a profile knows no operations, for the time per module. Waiting for data is how long the host
+waits for the next batch while a step runs. MFU counts the products of the real events by formula
+(kunlun_jax/flops.py), three times the forward ones, recomputation not, against 989 TFLOP/s. The ladder adds one
+optimisation after the other to the model of 6 GFLOPs at fill 0.5; where it pads, every sequence is as long as its
+maximum, which is what padded code computes, and only the real events count. Results go to
+experiments/results/bench_model.json after every case.
 """
 
 import contextlib
