@@ -40,7 +40,7 @@ from jax import lax
 
 from kunlun_jax.batch import Batch
 from kunlun_jax.config import TrainConfig
-from kunlun_jax.data.pipeline import prefetch_to_device
+from kunlun_jax.data.pipeline import Placed
 from kunlun_jax.data.synthetic import SyntheticConfig, generate, make_schema
 from kunlun_jax.flops import PEAK_FLOPS, mfu, model_flops, total, training_flops
 from kunlun_jax.layers import gdpa as gdpa_layer
@@ -213,7 +213,7 @@ def measure(case: Case, *, steps: int) -> dict[str, Any]:
     batches, lengths = host_batches(case)
     first, step, step_to_profile = programs(case, learner)
     state = first()
-    stream = prefetch_to_device(itertools.cycle(batches), jax.device_put)
+    stream = (placed for _, placed in Placed(itertools.cycle(batches), learner.place))
     for _ in range(WARM_UP):
         state, report = step(state, next(stream))
     jax.block_until_ready(report)

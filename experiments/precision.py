@@ -17,7 +17,7 @@ import tyro
 from flax import nnx
 
 from kunlun_jax.config import TrainConfig, to_dict
-from kunlun_jax.data.pipeline import loader
+from kunlun_jax.data.pipeline import Placed, loader
 from kunlun_jax.data.synthetic import SyntheticConfig
 from kunlun_jax.mesh_learner import make_learner
 from kunlun_jax.models import build
@@ -43,7 +43,7 @@ def ne_of(config: TrainConfig, samples) -> dict[str, float]:
     learner = make_learner(model, samples["train"].schema, config, steps=steps, say=lambda _: None)
     rates = samples["train"].base_rates()
     state = fit(
-        learner, learner.init(config.seed), batches("train", config.epochs), base_rates=rates,
+        learner, learner.init(config.seed), Placed(batches("train", config.epochs), learner.place), base_rates=rates,
         log_every=max(1, steps // 10), on_log=lambda _, values: seen.append(values["click/ne"]),
         after_step=lambda *_: True,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from flax import nnx
 
 from kunlun_jax.batch import EmbeddedBatch, to_samples
 from kunlun_jax.config import TrainConfig
-from kunlun_jax.data.pipeline import loader
+from kunlun_jax.data.pipeline import Placed, loader
 from kunlun_jax.layers.mlp import MLP
 from kunlun_jax.run import load_samples, mean_and_spread, versions, write_json
 from kunlun_jax.training import Learner, fit
@@ -46,8 +46,8 @@ def train(samples, config: TrainConfig) -> dict[str, dict[str, float]]:
     steps = config.epochs * -(-len(samples["train"]) // config.batch_size)
     learner = Learner(StatisticsMLP(schema, rngs=nnx.Rngs(config.seed)), schema, config.optimizer, steps=steps)
     state = fit(
-        learner, learner.init(config.seed), batches("train", config.epochs), base_rates=base_rates, log_every=steps,
-        on_log=lambda *_: None, after_step=lambda *_: True,
+        learner, learner.init(config.seed), Placed(batches("train", config.epochs), learner.place),
+        base_rates=base_rates, log_every=steps, on_log=lambda *_: None, after_step=lambda *_: True,
     )  # fmt: skip
     return {part: learner.evaluate(state, batches(part), base_rates).results() for part in ("validation", "test")}
 

@@ -29,8 +29,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kunlun_jax.checkpoint import CheckpointError
 from kunlun_jax.config import TrainConfig
-from kunlun_jax.data.pipeline import loader
+from kunlun_jax.data.pipeline import Placed, loader
 from kunlun_jax.flops import model_flops, total
+from kunlun_jax.memory import allocate_in_pieces
 from kunlun_jax.mesh_learner import make_learner
 from kunlun_jax.models import build, name_of, named
 from kunlun_jax.plots import plot_run
@@ -80,14 +81,15 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> int:
     steps = config.epochs * per_epoch
     model = build(config.model, schema, rngs=nnx.Rngs(config.seed))
     learner = make_learner(model, schema, config, steps=steps, say=console.print)
-    stream = batches("train", epochs=config.epochs, shuffle=config.shuffle)
+    loaded = batches("train", epochs=config.epochs, shuffle=config.shuffle)
+    stream = Placed(loaded, learner.place)
     vote, stop, due = Vote(learner.mesh), False, False
 
     with run.open_checkpoints(schema) as checkpoints, stop_on_sigterm() as signals:
         if checkpoints.latest_step() is not None:
             step, restored, position, _ = checkpoints.restore(learner.abstract())
             state = learner.adopt(restored)
-            stream.set_state(position)
+            loaded.set_state(position)
             console.print(f"going on after step {step} of {steps}")
             if run.changed_versions:
                 console.print(
@@ -188,6 +190,7 @@ def main() -> int:
         options = tyro.extras.overridable_config_cli(
             presets, prog="train.py", description=__doc__, args=arguments, config=(tyro.conf.AvoidSubcommands,)
         )
+        allocate_in_pieces()
         start(options.processes)
         if options.device == "gpu" and (backend := jax.default_backend()) != "gpu":
             raise ValueError(

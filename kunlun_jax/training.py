@@ -139,7 +139,7 @@ class Learner:
 
     def place(self, batch: Batch) -> Batch:
         """A host batch where the steps expect it."""
-        return batch
+        return jax.device_put(batch)
 
     def abstract(self) -> TrainState:
         """Shapes, and places, of what `portable` returns: the target to restore a checkpoint to."""
@@ -329,14 +329,14 @@ class Timings:
 def fit(
     learner: Learner,
     state: TrainState,
-    batches: Iterator[Batch],
+    batches: Iterator[tuple[Batch, Any]],
     *,
     base_rates: dict[str, float],
     log_every: int,
     on_log: Callable[[int, dict[str, Any]], None],
     after_step: Callable[[int, TrainState], bool],
 ) -> TrainState:
-    """Train on `batches` until they end or `after_step(step, state)` returns False.
+    """Train on `batches`, as `Placed` yields them, until they end or `after_step(step, state)` returns False.
 
     The host looks at a step's report while the next step runs, so the device never waits for it.
 
@@ -351,11 +351,11 @@ def fit(
     evaluation, timings = Evaluation(tasks=learner.schema.tasks, base_rates=base_rates), Timings(time.perf_counter())
     while True:
         before = time.perf_counter()
-        batch = next(batches, None)
+        batch, placed = next(batches, (None, None))
         timings.waited += time.perf_counter() - before
         if batch is not None:
             announce_compilation(batch, shapes, step + 1)
-            state, report = learner.train_step(state, learner.place(batch))
+            state, report = learner.train_step(state, placed)
         if pending is not None:
             done_step, done_report, done_batch = pending
             learner.check_healthy(done_report, state, done_batch, done_step)

@@ -8,6 +8,7 @@ enough to overlap the host's work with the device's.
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -100,39 +101,61 @@ def loader(
     )
 
 
-def prefetch_to_device(batches: Iterator[Batch], place: Callable[[Batch], Any], *, ahead: int = 2) -> Iterator[Any]:
-    """`place` applied to each batch by a thread that stays up to `ahead` batches in front of the consumer.
+class Placed:
+    """Iterates over (batch, `place(batch)`), placed by threads that stay up to `ahead` batches in front.
 
-    The next batch is copied to the device while a step runs. An error in the thread is raised at its batch's place.
+    The next batches are copied to the device while a step runs. Each has a thread of its own, since a copy to a GPU
+    begins when the steps enqueued before it are done, and its thread waits for that. An error is raised at its batch's
+    place. Nothing is read before the first batch is asked for.
+
+    `get_state` gives the position behind the batch returned last, where `batches` know theirs.
     """
-    ready: queue.Queue = queue.Queue(maxsize=ahead)
-    stop = threading.Event()
 
-    def put(item) -> None:
-        while not stop.is_set():
+    def __init__(self, batches: Iterator[Batch], place: Callable[[Batch], Any], *, ahead: int = 3):
+        self._batches, self._place, self._ahead = batches, place, ahead
+        self._ready: queue.Queue = queue.Queue(maxsize=ahead)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._position: Any = None
+
+    def __iter__(self) -> "Placed":
+        return self
+
+    def __next__(self) -> tuple[Batch, Any]:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, daemon=True)
+            self._thread.start()
+        batch, placed, self._position, error = self._ready.get()
+        if error is not None:
+            self._put((None, None, None, error))  # and so from now on
+            raise error
+        return batch, placed.result()
+
+    def get_state(self) -> Any:
+        return _position(self._batches) if self._thread is None else self._position
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._stop.set()
+
+    def _put(self, item) -> None:
+        while not self._stop.is_set():
             try:
-                return ready.put(item, timeout=0.1)
+                return self._ready.put(item, timeout=0.1)
             except queue.Full:
                 continue
 
-    def work() -> None:
-        try:
-            for batch in batches:
-                put((place(batch), None))
-                if stop.is_set():
-                    return
-            put((None, StopIteration()))
-        except BaseException as error:
-            put((None, error))
+    def _work(self) -> None:
+        with ThreadPoolExecutor(self._ahead) as pool:
+            try:
+                for batch in self._batches:
+                    self._put((batch, pool.submit(self._place, batch), _position(self._batches), None))
+                    if self._stop.is_set():
+                        return
+                self._put((None, None, _position(self._batches), StopIteration()))
+            except BaseException as error:
+                self._put((None, None, None, error))
 
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        while True:
-            batch, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield batch
-    finally:
-        stop.set()
+
+def _position(batches) -> Any:
+    return batches.get_state() if hasattr(batches, "get_state") else None

@@ -44,11 +44,11 @@ def _split_norm(x):
 
 def _split_norm_forward(x):
     mean, factor = _statistics(x)
-    return (x, ((x.astype(jnp.float32) - mean) * factor).astype(x.dtype)), (x, mean, factor)
+    return (x, ((x.astype(jnp.float32) - mean) * factor).astype(x.dtype)), x
 
 
-def _split_norm_backward(saved, gradients):
-    x, mean, factor = saved
+def _split_norm_backward(x, gradients):
+    mean, factor = _statistics(x)  # again: kept ones would cost a pass of their own
     # The barrier lets the products that end here add up in their own results; XLA would add them in this pass instead.
     d_residual, d = (g.astype(jnp.float32) for g in lax.optimization_barrier(gradients))
     normed = (x.astype(jnp.float32) - mean) * factor

@@ -19,7 +19,7 @@ from population import Population, Trial, cut
 from train import model_argument
 
 from kunlun_jax.config import TrainConfig
-from kunlun_jax.data.pipeline import loader
+from kunlun_jax.data.pipeline import Placed, loader
 from kunlun_jax.flops import model_flops, total
 from kunlun_jax.model_configs import KunlunConfig
 from kunlun_jax.models import MODELS, build
@@ -52,7 +52,7 @@ def ordinary():
         learner = Learner(model, schema, optimizer, steps=10, dropout=dropout, seed=seed)
         logged = []
         state = fit(
-            learner, learner.init(seed), in_order(samples["train"], epochs=2),
+            learner, learner.init(seed), Placed(in_order(samples["train"], epochs=2), learner.place),
             base_rates=rates, log_every=1, on_log=lambda _, values, to=logged: to.append(values["click/log_loss"]),
             after_step=lambda *_: True,
         )  # fmt: skip

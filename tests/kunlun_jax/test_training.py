@@ -12,6 +12,7 @@ from batches import random_batch, small_schema
 from flax import nnx
 
 from kunlun_jax.batch import EmbeddedBatch
+from kunlun_jax.data.pipeline import Placed
 from kunlun_jax.embedding import embed, look_up, update
 from kunlun_jax.layers.features import SetTokens
 from kunlun_jax.metrics import Evaluation
@@ -154,8 +155,8 @@ def test_a_bad_number_stops_the_run_and_is_named(learner, schema, batch, poison)
     before = jax.tree.map(np.asarray, (state.params, state.optimizer, state.tables))
     with pytest.raises(NonFiniteLoss, match=rf"step 1: the loss is .*{name}"):
         fit(
-            learner, state, iter([batch, batch]), base_rates={"click": 0.5, "buy": 0.5}, log_every=1,
-            on_log=lambda *_: None, after_step=lambda step, state: keep(state),
+            learner, state, Placed(iter([batch, batch]), learner.place), base_rates={"click": 0.5, "buy": 0.5},
+            log_every=1, on_log=lambda *_: None, after_step=lambda step, state: keep(state),
         )  # fmt: skip
     last = kept.pop()
     kept.clear()
@@ -198,7 +199,7 @@ def test_groups_follow_the_request_of_each_sample(schema):
 def test_fit_reports_every_stretch_and_the_rest(learner, schema, batch):
     logged = []
     fit(
-        learner, learner.init(0), iter([batch] * 5), base_rates={"click": 0.5, "buy": 0.5}, log_every=2,
-        on_log=lambda step, values: logged.append((step, values["click/samples"])), after_step=lambda *_: True,
+        learner, learner.init(0), Placed(iter([batch] * 5), learner.place), base_rates={"click": 0.5, "buy": 0.5},
+        log_every=2, on_log=lambda step, values: logged.append((step, values["click/samples"])), after_step=lambda *_: True,
     )  # fmt: skip
     assert logged == [(2, 12), (4, 12), (5, 6)]

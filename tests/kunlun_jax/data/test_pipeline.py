@@ -1,6 +1,7 @@
 """The loader: every sample once per epoch, the same order every time, and a position that can be restored."""
 
 import threading
+from typing import Any
 
 import chex
 import grain
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from grain.experimental import assert_equal_output_after_checkpoint
 
-from kunlun_jax.data.pipeline import IndexBatches, loader, prefetch_to_device
+from kunlun_jax.data.pipeline import IndexBatches, Placed, loader
 from kunlun_jax.data.samples import FILLER
 from kunlun_jax.data.synthetic import SyntheticConfig, generate
 
@@ -129,13 +130,31 @@ def test_bad_settings_are_refused(samples, settings, message):
         loader(samples, shuffle=False, **settings)
 
 
-def test_prefetched_batches_are_placed_in_order_and_errors_arrive_at_their_place():
+def test_batches_are_placed_in_order_and_errors_arrive_at_their_place():
     def batches():
         yield from range(5)
         raise RuntimeError("broken file")
 
-    stream = prefetch_to_device(batches(), lambda x: 10 * x)
-    assert [next(stream) for _ in range(5)] == [0, 10, 20, 30, 40]
-    with pytest.raises(RuntimeError, match="broken file"):
-        next(stream)
-    assert list(prefetch_to_device(iter(range(3)), str)) == ["0", "1", "2"]
+    stream = Placed(batches(), lambda x: 10 * x)
+    assert [next(stream) for _ in range(5)] == [(i, 10 * i) for i in range(5)]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="broken file"):
+            next(stream)
+    assert list(Placed(iter(range(3)), str)) == [(0, "0"), (1, "1"), (2, "2")]
+
+    def fail(x):
+        raise ValueError("no room")
+
+    with pytest.raises(ValueError, match="no room"):
+        next(Placed(iter(range(3)), fail))
+
+
+def test_the_position_is_that_behind_the_last_batch_returned(samples):
+    """However far the threads have read ahead."""
+    settings: dict[str, Any] = dict(batch_size=5, shuffle=True, seed=1)
+    plain, stream = loader(samples, **settings), Placed(loader(samples, **settings), lambda batch: batch)
+    assert stream.get_state() == plain.get_state()
+    for _ in range(2):
+        chex.assert_trees_all_equal(next(stream)[0], next(plain))
+        assert stream.get_state() == plain.get_state()
+    stream.close()
