@@ -200,6 +200,7 @@ def test_fit_reports_every_stretch_and_the_rest(learner, schema, batch):
     logged = []
     fit(
         learner, learner.init(0), Placed(iter([batch] * 5), learner.place), base_rates={"click": 0.5, "buy": 0.5},
-        log_every=2, on_log=lambda step, values: logged.append((step, values["click/samples"])), after_step=lambda *_: True,
+        log_every=2, on_log=lambda step, values: logged.append((step, values["click/samples"])),
+        after_step=lambda *_: True,
     )  # fmt: skip
     assert logged == [(2, 12), (4, 12), (5, 6)]
