@@ -154,6 +154,8 @@ class Population:
         """
         if len(trials) != self.size:
             raise ValueError(f"{len(trials)} trials for a population of {self.size} members")
+        if self._per_program == self.size:
+            return self._run(trials, epochs)
         programs = [trials[i : i + self._per_program] for i in range(0, self.size, self._per_program)]
         with ThreadPoolExecutor(len(programs)) as pool:
             states, losses = zip(*pool.map(lambda part: self._run(part, epochs), programs), strict=True)
