@@ -81,7 +81,7 @@ def test_a_toy_run_writes_its_row_and_the_plot(tmp_path):
 
 
 def test_without_a_gpu_it_refuses(tmp_path, capsys):
-    assert main(out=tmp_path / "none.json") == 1
+    assert main(only="kunlun 6 fill 1.0", out=tmp_path / "none.json") == 1
     assert "needs a GPU" in capsys.readouterr().err
     assert not (tmp_path / "none.json").exists()
 
