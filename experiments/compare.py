@@ -39,7 +39,7 @@ from kunlun_jax.run import load_samples, mean_and_spread, versions, write_json
 RESULTS = Path(__file__).parent / "results"
 GRIDS = {
     # The capacities hold 36, 75, 94 and 100 % of MovieLens' batches; a synthetic one is always about half full.
-    "movielens": Grid((1e-3,), (0.6,), (2, 4), (0, 1, 2), (0.22, 0.32, 0.5, 0.85, 1.0)),
+    "movielens": Grid((1e-3,), (0.3, 0.6), (2, 4), (0, 1, 2), (0.22, 0.32, 0.5, 0.85, 1.0)),
     "synthetic": Grid((1e-3, 3e-3, 1e-2), (0.0,), (1,), (0, 1, 2), (0.57, 1.0)),
 }
 METRICS = ("ne", "auc", "gauc")
