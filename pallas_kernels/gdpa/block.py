@@ -1,19 +1,24 @@
 """The PFFN block: LayerNorm, GDPA, residual, RMSNorm, residual.
 
-The norms span all heads, and no block of the GDPA kernels sees all heads of a row: they are XLA's. On the kernels' path
-they are written so that XLA makes one kernel of each side of GDPA, which reads and writes every tensor once: rows are
-flat, as XLA only keeps a row in registers over its last axis, and the gradients are in closed form, where automatic
-ones pass over the rows several times.
+The norms span all heads of a row. Without gradients the block is one kernel where an SM can hold all heads of a tile of
+queries (`mosaic_block`); the GDPA kernels see one head at a time. Elsewhere the norms are XLA's, written so that XLA
+makes one kernel of each side of GDPA, which reads and writes every tensor once: rows are flat, as XLA only keeps a row
+in registers over its last axis, and the gradients are in closed form, where automatic ones pass over the rows several
+times.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import hopper
 from pallas_kernels.gdpa import mosaic as mosaic_module
 from pallas_kernels.gdpa import reference as reference_module
 from pallas_kernels.gdpa import xla as xla_module
-from pallas_kernels.jagged import segments
+from pallas_kernels.gdpa.mosaic_block import block_forward, block_tiles
+from pallas_kernels.jagged import segments, vary_together
 
 
 def compose(gdpa, q, k, v, *spans, eps: float, **static):
@@ -29,8 +34,11 @@ def compose(gdpa, q, k, v, *spans, eps: float, **static):
     return out.astype(q.dtype)
 
 
-def in_two_passes(gdpa, q, k, v, *spans, eps: float, **static):
-    """`compose` with one pass over the rows before GDPA and one behind it, in each direction."""
+def in_two_passes(gdpa, q, k, v, *spans, eps: float, alone=None, **static):
+    """`compose` with one pass over the rows before GDPA and one behind it, in each direction.
+
+    alone: computes the block from (q, k, v) where no gradients are wanted; None: the forward pass as with gradients.
+    """
     rows, heads, width = q.shape
     inside = _inside(spans, q)[:, None]
 
@@ -43,7 +51,7 @@ def in_two_passes(gdpa, q, k, v, *spans, eps: float, **static):
 
     @jax.custom_vjp
     def block(q, k, v):
-        return forward(q, k, v)[0]
+        return forward(q, k, v)[0] if alone is None else alone(q, k, v)
 
     def forward(q, k, v):
         q = flat(q)
@@ -94,9 +102,40 @@ def _rms(x, eps):
     return lax.rsqrt(jnp.mean(x**2, axis=1, keepdims=True) + eps)
 
 
-def mosaic_gpu(*operands, **static):
-    """See `gdpa_block`."""
-    return in_two_passes(mosaic_module.mosaic_gpu, *operands, **static)
+def mosaic_gpu(q, k, v, *spans, eps: float, shared_keys=False, sms: int | None = None, interpret=None, **static):
+    """See `gdpa_block`; sms and interpret are for tests on a CPU."""
+    sms = hopper.sm_count() if sms is None else sms
+    gdpa = functools.partial(mosaic_module.mosaic_gpu, sms=sms, interpret=interpret)
+    alone = None
+    if block_tiles(heads=q.shape[1], width=q.shape[2]) is not None:
+        known = mosaic_module.Static(**static, shared_keys=shared_keys, sms=sms, interpret=interpret)
+
+        def alone(q, k, v):
+            return _in_one_kernel(known, eps, *vary_together(q, k, v, *spans))
+
+    return in_two_passes(gdpa, q, k, v, *spans, eps=eps, alone=alone, shared_keys=shared_keys, **static)
+
+
+# Under jit of its own, so that equal layers of a model are lowered once: a kernel takes seconds.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _in_one_kernel(static: mosaic_module.Static, eps: float, q, k, v, *spans):
+    tiles = block_tiles(heads=q.shape[1], width=q.shape[2])
+    assert tiles is not None
+    out = block_forward(
+        q,
+        k,
+        v,
+        *spans,
+        activation=static.activation,
+        scale=static.scale,
+        post_scale=static.post_scale,
+        eps=eps,
+        max_q_length=static.max_q_length,
+        tiles=tiles,
+        sms=static.sms,
+        interpret=static.interpret,
+    )
+    return vary_together(out, q)[0]
 
 
 def xla(*operands, **static):

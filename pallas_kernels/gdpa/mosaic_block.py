@@ -1,0 +1,463 @@
+"""The PFFN block's forward pass for Hopper in one kernel: LayerNorm, GDPA, residual, RMSNorm, residual.
+
+The norms span all heads of a row, so a block of the grid holds all heads of its query tile: 128 rows, of which each of
+two compute warpgroups owns 64. A third warpgroup streams keys and values of head after head through a ring of slots;
+the tiles of a sample run on different SMs at about the same time, so that they come from L2.
+
+A compute warpgroup's rows stay in one place. They arrive as queries; head by head LayerNorm's result is made of them in
+registers, and GDPA's result replaces them. When all heads are done the mean square of a row is known: the queries come
+a second time, from L2 through the ring, and the block's result is stored from where it lies. The warpgroup itself then
+loads its rows of the next tile.
+
+Numerics: as `mosaic_forward`; norms in float32; rounded to q's dtype are the operand of the products, GDPA's result and
+the block's. Every row is written by one store, so two runs give the same bits.
+
+Limits: as `mosaic_forward`, and H·D up to 512.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, vector
+from jax.experimental.mosaic import gpu as mosaic
+from jax.experimental.mosaic.gpu import utils as mosaic_utils
+
+from pallas_kernels import hopper
+from pallas_kernels.gdpa.activations import kernel_activation
+from pallas_kernels.gdpa.tiles import WARPGROUP_ROWS
+from pallas_kernels.schedule import Deal, Schedule, ceil_div, make_schedule
+
+COMPUTE = 2  # compute warpgroups
+TILE_ROWS = COMPUTE * WARPGROUP_ROWS
+COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
+ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a tile of scores
+
+
+@dataclass(frozen=True)
+class BlockTiles:
+    """Tiles of the kernel: keys of one step, and slots of the ring, each for a block of keys and one of values."""
+
+    kv_block: int
+    slots: int
+
+
+def block_tiles(*, heads: int, width: int) -> BlockTiles | None:
+    """The kernel's tiles for a call, or None where the rows of all heads don't fit in shared memory."""
+    kv_block = 64 * 128 // width
+    room = hopper.SHARED_MEMORY - 1024 - TILE_ROWS * heads * width * 2
+    slots = min(room // (2 * kv_block * width * 2), 4)
+    return BlockTiles(kv_block, slots) if slots >= 3 else None
+
+
+def block_forward(
+    q,
+    k,
+    v,
+    q_starts,
+    q_lengths,
+    kv_starts,
+    kv_lengths,
+    *,
+    activation: tuple[str, ...],
+    scale: float,
+    post_scale: float,
+    eps: float,
+    max_q_length: int,
+    tiles: BlockTiles,
+    sms: int,
+    interpret=None,
+):
+    """out [N, H, D] of `gdpa_block`.
+
+    tiles: of `block_tiles`. sms: blocks of the grid.
+    """
+    panels = q.shape[2] // hopper.PANEL
+    scratch = block_scratch(q.dtype, q.shape[1], panels, tiles, interpret=interpret)
+    if (used := hopper.shared_bytes(scratch)) > hopper.SHARED_MEMORY:
+        raise ValueError(f"{tiles} takes {used} bytes of shared memory, sm_90 has {hopper.SHARED_MEMORY}")
+    schedule = make_schedule(
+        q_starts,
+        q_lengths,
+        # A sample without keys still has its residuals: it gets a key from behind the array's end: zeros, from TMA.
+        jnp.where(kv_lengths > 0, kv_starts, k.shape[0]),
+        jnp.maximum(kv_lengths, 1),
+        rows=q.shape[0],
+        max_q_length=max_q_length,
+        q_chunk=TILE_ROWS,
+    )
+    body = functools.partial(
+        _kernel,
+        activation=activation,
+        scale=scale,
+        post_scale=post_scale,
+        eps=eps,
+        tiles=tiles,
+        sms=sms,
+        interpret=interpret,
+    )
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(sms,),
+        grid_names=("sm",),
+        num_threads=COMPUTE + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+        kernel_name="gdpa_block_forward",
+        interpret=interpret,
+    )(*schedule, q, k, v)
+
+
+def block_scratch(dtype, heads: int, panels: int, tiles: BlockTiles, *, interpret) -> dict:
+    """Shared memory and barriers of the kernel."""
+    buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
+    return dict(
+        q_smem=buffer((COMPUTE, heads * panels, WARPGROUP_ROWS, hopper.PANEL)),
+        kv_smem=buffer((tiles.slots, 2, panels, tiles.kv_block, hopper.PANEL)),
+        q_full=plgpu.Barrier(num_arrivals=panels, num_barriers=COMPUTE * heads),
+        full=plgpu.Barrier(num_arrivals=panels, num_barriers=2 * tiles.slots),
+        empty=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=2 * tiles.slots),
+        tail_full=plgpu.Barrier(num_arrivals=panels * hopper.tail_arrivals(tiles.kv_block)),
+    )
+
+
+def _widen(x, interpret):
+    """To float32; from bfloat16 in one instruction per value, where Mosaic takes one and a half."""
+    if interpret or x.dtype != jnp.bfloat16:
+        return x.astype(jnp.float32)
+    out = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=plgpu.Layout.WGMMA)
+
+    def widen(_, x):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        registers = np.empty_like(x.registers)
+        for i, pair in np.ndenumerate(x.registers):
+            bits = mosaic_utils.bitcast(pair, i32)
+            low = arith.shli(bits, mosaic_utils.c(16, i32))
+            high = arith.andi(bits, mosaic_utils.c(-(1 << 16), i32))
+            both = [arith.bitcast(f32, x) for x in (low, high)]
+            registers[i] = vector.from_elements(ir.VectorType.get((2,), f32), both)
+        return mosaic.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+
+    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=out)(widen)
+    return inline(x)
+
+
+def _kernel(
+    *refs,
+    q_smem,
+    kv_smem,
+    q_full,
+    full,
+    empty,
+    tail_full,
+    activation,
+    scale,
+    post_scale,
+    eps,
+    tiles,
+    sms,
+    interpret,
+):
+    schedule, refs = Schedule(*refs[: len(Schedule._fields)]), refs[len(Schedule._fields) :]
+    q_gmem, k_gmem, v_gmem, out_gmem = refs
+    rows, heads, width = q_gmem.shape
+    group = heads // k_gmem.shape[1]
+    dtype, panels, block = q_gmem.dtype, width // hopper.PANEL, tiles.kv_block
+    (q_tma, q_mma), (kv_tma, kv_mma) = (hopper.row_views(x, interpret=interpret) for x in (q_smem, kv_smem))
+    names = tuple(dict.fromkeys(activation))
+    acts = [kernel_activation(name, scale, post_scale, folded=dtype == jnp.bfloat16) for name in names]
+    sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
+    route = Deal(schedule, 1, sms, sm)  # an item is one tile of a sample, with all its heads
+
+    def by_head(head, functions, x):
+        """Apply the function of the head's activation."""
+        if len(names) == 1:
+            return functions[0](x)
+        which = sum(jnp.where(head == h, names.index(name), 0) for h, name in enumerate(activation))
+        return lax.switch(which, functions, x)
+
+    def columns(head, p):
+        return head, pl.ds(hopper.PANEL * p, hopper.PANEL)
+
+    def along_rows(x):
+        return lax.broadcast_in_dim(x, (WARPGROUP_ROWS, hopper.PANEL), [0])
+
+    # Step n of the ring passes two blocks through slot n % slots: keys and values, or queries of either warpgroup.
+    def at(n):
+        return lax.rem(n, jnp.int32(tiles.slots))
+
+    # --- the warpgroup that issues loads
+
+    def memory():
+        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+
+        def await_slot(n, which):
+            @pl.when(n >= tiles.slots)
+            def _():
+                plgpu.barrier_wait(empty.at[2 * at(n) + which])
+
+        def load(source, n, which, head, row, count):
+            await_slot(n, which)
+            for p in range(panels):
+                target = kv_tma.at[at(n), which, p]
+                plgpu.copy_gmem_to_smem(
+                    source.at[(pl.ds(row, count), *columns(head, p))],
+                    target.at[pl.ds(0, count)] if count < block else target,
+                    full.at[2 * at(n) + which],
+                )
+
+        def load_kv(item, head, n, j):
+            head, row = lax.div(head, group), item.other_row + j * block
+            load(k_gmem, n, 0, head, row, block)
+            count = item.other_rows - j * block
+
+            @pl.when(count >= block)
+            def _():
+                load(v_gmem, n, 1, head, row, block)
+
+            @pl.when(count < block)
+            def _():
+                await_slot(n, 1)
+                for p in range(panels):
+                    target = kv_tma.at[at(n), 1, p]
+                    hopper.load_rows_zero_tail(v_gmem, target, row, count, columns(head, p), tail_full)
+                plgpu.barrier_wait(tail_full)
+                for _panel in range(panels):
+                    plgpu.barrier_arrive(full.at[2 * at(n) + 1])
+
+        def load_item(state):
+            cursor, _, n = state
+            item = route.item(cursor)
+            blocks = ceil_div(item.other_rows, block)
+
+            def load_head(head, n):
+                lax.fori_loop(0, blocks, lambda j, _: load_kv(item, head, n + j, j), None)
+                return n + blocks
+
+            def load_again(head, n):
+                for w in range(COMPUTE):
+                    load(q_gmem, n, w, head, item.row + w * WARPGROUP_ROWS, WARPGROUP_ROWS)
+                return n + 1
+
+            n = lax.fori_loop(0, heads, load_head, n)
+            return *route.after(cursor), lax.fori_loop(0, heads, load_again, n)
+
+        *_, n = lax.while_loop(lambda state: state[1], load_item, (*route.first(), jnp.int32(0)))
+
+        # Every completed phase must have been waited for when the kernel ends.
+        def drain(i, _):
+            for which in range(2):
+                plgpu.barrier_wait(empty.at[2 * at(i) + which])
+
+        lax.fori_loop(jnp.maximum(n - tiles.slots, 0), n, drain, None)
+
+    # --- the warpgroups that compute
+
+    def compute():
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        cursor, any_work = route.first()
+
+        @pl.when(any_work)
+        def _():
+            item = route.item(cursor)
+            for head in range(heads):
+                load_queries(item, head)
+            lax.while_loop(lambda state: state[1], one_item, (cursor, any_work, item, jnp.int32(0)))
+
+        fill_zeros()
+        plgpu.wait_smem_to_gmem(0)
+
+    def load_queries(item, head):
+        """Load one head of the warpgroup's rows."""
+        for p in range(panels):
+            plgpu.copy_gmem_to_smem(
+                q_gmem.at[(pl.ds(item.row + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS), *columns(head, p))],
+                q_tma.at[warpgroup, head * panels + p],
+                q_full.at[warpgroup * heads + head],
+            )
+
+    def mine(head, p):
+        """A panel of the warpgroup's rows in float32."""
+        x = plgpu.load(q_mma.at[warpgroup, head * panels + p], layout=plgpu.Layout.WGMMA)
+        return _widen(x, interpret)
+
+    def put(head, p, x):
+        q_mma[warpgroup, head * panels + p] = x.astype(dtype)
+
+    def store(item, head):
+        """Store those of the warpgroup's rows of a head that belong to the item."""
+        offset = warpgroup * WARPGROUP_ROWS
+        count = jnp.clip(item.rows - offset, 0, WARPGROUP_ROWS)
+        for p in range(panels):
+            source = q_tma.at[warpgroup, head * panels + p]
+            hopper.store_rows(source, out_gmem, item.row + offset, count, columns(head, p))
+        plgpu.commit_smem_to_gmem_group()
+
+    def one_item(state):
+        cursor, _, item, n = state
+        cursor_next, another = route.after(cursor)
+        item_next = route.item(cursor_next)
+        mean, rstd = moments()
+        squares = plgpu.layout_cast(jnp.zeros(WARPGROUP_ROWS, jnp.float32), ROWS)
+        one = functools.partial(one_head, item, rstd, mean * rstd)
+        squares, n = lax.fori_loop(0, heads, one, (squares, n))
+        rms = lax.rsqrt(squares * (1 / (heads * width)) + eps)
+        n = finish(item, rstd, mean * rstd, rms, n, another, item_next)
+        return cursor_next, another, item_next, n
+
+    def moments():
+        """Mean and one over the deviation of the warpgroup's rows."""
+        plgpu.barrier_wait(q_full.at[warpgroup * heads])
+        # Sums of what is left of a mean of few columns: rows may lie far from zero.
+        near = jnp.sum(mine(0, 0), axis=1) * (1 / hopper.PANEL)
+
+        def add(head, sums):
+            total, squares = sums
+            for p in range(panels):
+                x = mine(head, p) - along_rows(near)
+                total, squares = total + x, squares + x * x
+            return total, squares
+
+        def await_and_add(head, sums):
+            plgpu.barrier_wait(q_full.at[warpgroup * heads + head])
+            return add(head, sums)
+
+        zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, hopper.PANEL), jnp.float32), plgpu.Layout.WGMMA)
+        total, squares = lax.fori_loop(1, heads, await_and_add, add(0, (zeros, zeros)))
+        mean = jnp.sum(total, axis=1) * (1 / (heads * width))
+        square = jnp.sum(squares, axis=1) * (1 / (heads * width))
+        return mean + near, lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + eps)
+
+    def one_head(item, rstd, shift, head, state):
+        """Put GDPA's result in place of the head's queries; add the squares of what RMSNorm gets."""
+        squares, n = state
+        blocks = ceil_div(item.other_rows, block)
+        normed = [
+            (mine(head, p) * along_rows(rstd) - along_rows(shift)).astype(dtype)  # LayerNorm's result
+            for p in range(panels)
+        ]
+
+        def issue_scores(acc, n):
+            for p in range(panels):
+                plgpu.wgmma(acc, normed[p], kv_mma.at[at(n), 0, p].transpose((1, 0)))
+
+        def issue_sum(acc, weights, n):
+            for p in range(panels):
+                part = acc.at[:, pl.ds(hopper.PANEL * p, hopper.PANEL)] if panels > 1 else acc
+                plgpu.wgmma(part, weights, kv_mma.at[at(n), 1, p])
+
+        def weigh(s, j):
+            """Weights from raw scores; a sample's end is cut off, K may hold anything behind it."""
+            keys = item.other_rows - j * block
+
+            def masked(weights):
+                column = plgpu.broadcasted_iota(jnp.int32, weights.shape, 1, layout=plgpu.Layout.WGMMA)
+                return jnp.where(column < keys, weights, 0.0)
+
+            weights = by_head(head, [act.weight for act in acts], s)
+            # The branch is wanted: it keeps ptxas from moving the activation behind the wait for the running product.
+            return lax.cond(keys < block, masked, lambda weights: weights, weights)
+
+        def scores_alone(acc):
+            issue_scores(acc, n)
+            return acc[...]
+
+        def attend(out_acc):
+            def step(j, weights):
+                """O += P V of this step beside the scores of the next."""
+                plgpu.barrier_wait(full.at[2 * at(n + j + 1)])
+                plgpu.barrier_wait(full.at[2 * at(n + j) + 1])
+
+                def both(acc):
+                    issue_scores(acc, n + j + 1)
+                    issue_sum(out_acc, weights, n + j)
+                    return plgpu.wgmma_accumulator_load(acc, wait_n=panels)
+
+                s = pl.run_scoped(both, score_type)
+                plgpu.barrier_arrive(empty.at[2 * at(n + j + 1)])
+                weights_next = weigh(s, j + 1)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(empty.at[2 * at(n + j) + 1])
+                # Narrow only now: narrow weights that are ready before the wait would be put into the registers of the
+                # running product's operand, and ptxas would serialise the products.
+                return weights_next.astype(dtype)
+
+            last = n + blocks - 1
+            weights_last = lax.fori_loop(0, blocks - 1, step, weights)
+            plgpu.barrier_wait(full.at[2 * at(last) + 1])
+            issue_sum(out_acc, weights_last, last)
+            out = out_acc[...]
+            plgpu.barrier_arrive(empty.at[2 * at(last) + 1])
+            return out
+
+        plgpu.barrier_wait(full.at[2 * at(n)])
+        s = pl.run_scoped(scores_alone, score_type)
+        plgpu.barrier_arrive(empty.at[2 * at(n)])
+        weights = weigh(s, jnp.int32(0)).astype(dtype)
+        out = pl.run_scoped(attend, plgpu.ACC((WARPGROUP_ROWS, width), jnp.float32))
+        post = by_head(head, [lambda _, post=act.post: jnp.float32(post) for act in acts], head)
+        for p in range(panels):
+            attended = out[:, hopper.PANEL * p : hopper.PANEL * (p + 1)] * post
+            mixed = attended + _widen(normed[p], interpret)
+            squares += jnp.sum(mixed * mixed, axis=1)
+            put(head, p, attended)
+        return squares, n + blocks
+
+    score_type = plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32)
+
+    def finish(item, rstd, shift, rms, n, another, item_next):
+        """Residual, RMSNorm, residual and store; then load the queries of the next item, if there is another one."""
+        # (attended + rstd x - shift) rms + x
+        of_x, rest = along_rows(rstd * rms + 1), along_rows(shift * rms)
+
+        def one_head(head, n):
+            for which in range(2):
+                plgpu.barrier_wait(full.at[2 * at(n) + which])
+            for p in range(panels):
+                again = kv_mma.at[at(n), warpgroup, p]
+                again = again.at[pl.ds(0, WARPGROUP_ROWS)] if block > WARPGROUP_ROWS else again
+                x = _widen(plgpu.load(again, layout=plgpu.Layout.WGMMA), interpret)
+                put(head, p, mine(head, p) * along_rows(rms) + (x * of_x - rest))
+            plgpu.commit_smem()
+            for which in range(2):
+                plgpu.barrier_arrive(empty.at[2 * at(n) + which])
+            store(item, head)
+
+            @pl.when(head > 0)
+            def _():
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                pl.when(another)(lambda: load_queries(item_next, head - 1))
+
+            return n + 1
+
+        n = lax.fori_loop(0, heads, one_head, n)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        pl.when(another)(lambda: load_queries(item_next, heads - 1))
+        return n
+
+    def fill_zeros():
+        """Zero the rows of the output that belong to no item: gaps are dealt whole, the last one in pieces."""
+        worker, workers = sm * COMPUTE + warpgroup, sms * COMPUTE
+        put(0, 0, plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, hopper.PANEL), dtype), plgpu.Layout.WGMMA))
+        plgpu.commit_smem()
+
+        def fill(row, count):
+            def one_head(head, _):
+                for p in range(panels):
+                    hopper.store_rows(q_tma.at[warpgroup, 0], out_gmem, row, count, columns(head, p))
+
+            lax.fori_loop(0, heads, one_head, None)
+
+        route.fill_gaps(fill, rows, WARPGROUP_ROWS, worker, workers)
+        plgpu.commit_smem_to_gmem_group()
+
+    lax.cond(warpgroup < COMPUTE, compute, memory)
