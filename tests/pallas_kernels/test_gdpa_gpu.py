@@ -112,6 +112,28 @@ def test_values_and_gradients(name, operator):
         )
 
 
+@pytest.mark.parametrize("name", ["streamed-d128-grouped", "resident-d64-float16", "few-keys-d64"])
+def test_block_without_gradients(name):
+    """It is another kernel than with gradients."""
+    shape = CASES[name]
+    (q, k, v, _), spans, (inside, _) = batch(3, **shape)
+    static = dict(max_q_length=shape["lq"], max_kv_length=shape["lkv"], scale=0.2, activation="gelu_tanh")
+
+    def value(implementation, dtype):
+        call = functools.partial(gdpa_block, **spans, **static, implementation=implementation)
+        return np.asarray(jax.jit(call)(*(x.astype(dtype) for x in (q, k, v))), np.float32)
+
+    got, again = (value("mosaic_gpu", q.dtype) for _ in range(2))
+    assert np.array_equal(got, again)
+    assert not np.any(got[~inside])
+    with jax.default_matmul_precision("highest"):
+        wanted = value("reference", jnp.float32)
+    error, allowed = (
+        worst_error(x, wanted, spans["q_starts"], spans["q_lengths"]) for x in (got, value("reference", q.dtype))
+    )
+    assert error <= 1.5 * allowed
+
+
 def test_samples_that_share_keys_add_their_gradients_up():
     operands, spans, _ = batch(1, samples=12, lq=200, lkv=100, heads=2, kv_heads=2, width=64, dtype="bfloat16")
     longest = int(jnp.argmax(spans["kv_lengths"]))
