@@ -123,7 +123,8 @@ def plot(results: dict[str, dict[str, Any]], title: str, path: Path) -> None:
             ax.errorbar(i, np.mean(values), spread, fmt="s", color=f"C{i}", capsize=4)
         ax.set_title(name)
     columns = ("flops_per_sample", "parameters", "samples_per_second")
-    names = ("forward FLOPs per sample", "dense parameters", "training samples/s, one model alone")
+    on = next((r["speed_device"].split(" (")[0] for r in done.values() if "speed_device" in r), "")
+    names = ("forward FLOPs per sample", "dense parameters", f"samples/s, one alone\n{on}".strip())
     for ax, column, name in zip(axes[1], columns, names, strict=True):
         values = [result.get(column, 0) for result in done.values()]
         ax.set_visible(any(values))  # not everything is measured everywhere
@@ -220,11 +221,11 @@ def write(
         },
     )
     device = next((r["device"].split(" (")[0] for r in results.values() if "device" in r), "")
-    plot(results, f"{preset}, equal FLOPs and tuning, {device}", out / f"compare_{preset}.png")
+    plot(results, f"{preset}, equal FLOPs, {device}", out / f"compare_{preset}.png")
     best = next((r["best_ne"] for r in results.values() if r.get("best_ne")), None)
     if best:
         path = out / f"compare_{preset}_curves.png"
-        plot_curves(results, best["train"], f"{preset}: learning, equal FLOPs and tuning, {device}", path)
+        plot_curves(results, best["train"], f"{preset}: learning, equal FLOPs, {device}", path)
     print(table(results, means))
 
 

@@ -193,7 +193,7 @@ def _work(job: Job, learn: bool, shares, pipe) -> None:
             measure = trainer.population.stopwatch()
             pipe.send(("timer", {}))
             pipe.recv()
-            pipe.send(("measured", {"samples_per_second": measure()}))
+            pipe.send(("measured", {"samples_per_second": measure(), "speed_device": trainer.sizes()["device"]}))
     except Exception as error:  # the other jobs go on; the result says what happened
         traceback.print_exc()
         pipe.send(("failed", {"error": f"{type(error).__name__}: {error}"}))
