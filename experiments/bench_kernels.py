@@ -130,8 +130,8 @@ def gdpa(config: Bench) -> None:
 
 
 def gdpa_block(config: Bench) -> None:
-    """The PFFN block, its norms as one kernel each side, as automatic gradients leave them, and without them:
-    bench_gdpa_block.json."""
+    """The PFFN block as one kernel, as it is without gradients, its norms as one kernel each side, as automatic
+    gradients leave them, and without them: bench_gdpa_block.json."""
     from pallas_kernels.gdpa import block, mosaic
 
     shape = FULL[0]
@@ -147,7 +147,9 @@ def gdpa_block(config: Bench) -> None:
         "four operations": functools.partial(block.compose, mosaic.mosaic_gpu, eps=1e-5),
         "without norms": mosaic.mosaic_gpu,
     }
-    cases = [c for name, f in variants.items() for c in both_directions(shape, name, functools.partial(call, f))]
+    whole = functools.partial(call, functools.partial(block.mosaic_gpu, eps=1e-5))
+    cases = both_directions(shape, "one kernel", whole)[:1]
+    cases += [c for name, f in variants.items() for c in both_directions(shape, name, functools.partial(call, f))]
     about = dict(dtype="bfloat16", activation="gelu_tanh", flops="of the products alone")
     time_all(cases, config.out / "bench_gdpa_block.json", only=config.only, rounds=config.rounds, about=about)
 
