@@ -106,13 +106,13 @@ def mosaic_gpu(q, k, v, *spans, eps: float, shared_keys=False, sms: int | None =
     """See `gdpa_block`; sms and interpret are for tests on a CPU."""
     sms = hopper.sm_count() if sms is None else sms
     gdpa = functools.partial(mosaic_module.mosaic_gpu, sms=sms, interpret=interpret)
-    alone = None
-    if block_tiles(heads=q.shape[1], width=q.shape[2]) is not None:
+
+    def one_kernel(q, k, v):
         known = mosaic_module.Static(**static, shared_keys=shared_keys, sms=sms, interpret=interpret)
+        return _in_one_kernel(known, eps, *vary_together(q, k, v, *spans))
 
-        def alone(q, k, v):
-            return _in_one_kernel(known, eps, *vary_together(q, k, v, *spans))
-
+    fits = block_tiles(heads=q.shape[1], width=q.shape[2]) is not None
+    alone = one_kernel if fits else None
     return in_two_passes(gdpa, q, k, v, *spans, eps=eps, alone=alone, shared_keys=shared_keys, **static)
 
 
