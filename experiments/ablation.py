@@ -161,27 +161,28 @@ def _signed(entry: dict[str, Any], name: str, digits: int) -> str:
     return f"{entry[name]:+.{digits}%}" if name in entry else "–"
 
 
+PANELS = {
+    "test_ne": "test NE, synthetic stream",
+    "FLOPs": "FLOPs per sample, Kunlun = 1",
+    "speed": "samples/s, Kunlun = 1",
+}
+
+
 def plot(entries: list[dict[str, Any]], title: str, path: Path) -> None:
-    """NE of every row with its spread; FLOPs and speed relative to Kunlun."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained", sharey=True)
+    """NE of every row with its spread; FLOPs and speed relative to Kunlun; what is measured of them."""
+    names = [name for name in PANELS if any(name in e for e in entries)]
+    figure, axes = plt.subplots(1, len(names), figsize=(2 + 3.5 * len(names), 4), layout="constrained", sharey=True)
     place = np.arange(len(entries))[::-1]
-    for y, e in zip(place, entries, strict=True):
-        if "test_ne" in e:
-            axes[0].errorbar(
-                e["test_ne"]["mean"], y, xerr=e["test_ne"]["standard_deviation"], fmt="s", color="C0", capsize=4
-            )
-        for ax, name in ((axes[1], "FLOPs"), (axes[2], "speed")):
-            if name in e:
+    for ax, name in zip(np.atleast_1d(axes), names, strict=True):
+        for y, e in zip(place, entries, strict=True):
+            if name == "test_ne" and name in e:
+                ne = e["test_ne"]
+                ax.errorbar(ne["mean"], y, xerr=ne["standard_deviation"], fmt="s", color="C0", capsize=4)
+            elif name in e:
                 ax.barh(y, 1 / (1 + e[name]), color="C1" if name == "FLOPs" else "C2")
-    for ax, name in zip(
-        axes, ("test NE, synthetic stream", "FLOPs per sample, Kunlun = 1", "samples/s, Kunlun = 1"), strict=True
-    ):
-        ax.set_title(name)
-        ax.set_visible(bool(ax.lines or ax.patches))  # not everything is measured everywhere
+        ax.set_title(PANELS[name])
+        ax.set_yticks(place, [e["row"] for e in entries])
         ax.grid(alpha=0.3, axis="x")
-    shown = next(ax for ax in axes if ax.get_visible())
-    shown.tick_params(labelleft=True)
-    shown.set_yticks(place, [e["row"] for e in entries])
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
