@@ -180,7 +180,7 @@ def interformer_parameters(c):
     summary = c.pma * d + 2 * d + 4 * d * d + gate
     interaction = mlp(z * (z - 1) // 2, c.hidden, z * d) + c.cross_depth * (2 * z * d * c.cross_rank + z * d)
     interaction += 2 * d + n * z + mlp(d, c.hidden, d)
-    sequence = (2 * d + c.n_sum * d) + (2 * d + 4 * d * d)
+    sequence = (2 * d + c.n_sum * d) + 4 * d * d
     layer = set_summary + 2 * summary + interaction + 2 * sequence
     head = set_summary + 2 * summary + mlp((c.n_sum + told) * d, *c.head_hidden, 2)
     return set_tokens(d) + event_tokens(d) + c.depth * layer + head
