@@ -214,16 +214,16 @@ def measure(case: Case, *, steps: int) -> dict[str, Any]:
     batches, lengths = host_batches(case)
     first, step, step_to_profile = programs(case, learner)
     state = first()
-    stream = (placed for _, placed in Placed(itertools.cycle(batches), learner.place))
+    stream = Placed(itertools.cycle(batches), learner.place)
     for _ in range(WARM_UP):
-        state, report = step(state, next(stream))
+        state, report = step(state, next(stream)[1])
 
     # As a training does: the host reads each report while the next step runs. The clock runs from the end of one step
     # to that of another, each with its successor enqueued already.
     waited = start = 0.0
     for k in range(steps + 1):
         before, last = time.perf_counter(), report
-        batch = next(stream)
+        _, batch = next(stream)
         waited += (time.perf_counter() - before) * (k > 0)
         state, report = step(state, batch)
         jax.block_until_ready(last)
@@ -237,6 +237,7 @@ def measure(case: Case, *, steps: int) -> dict[str, Any]:
     stats, analysis = jax.local_devices()[0].memory_stats() or {}, step.memory_analysis()
     rate = steps * case.batch / elapsed
     modules = time_per_module(step_to_profile, lambda: _steps(step_to_profile, state, stream))
+    stream.close()
     return dict(
         name=case.name,
         preset=case.preset,
@@ -265,7 +266,7 @@ def _program_bytes(analysis: Any) -> int | None:
 
 def _steps(step, state, stream) -> None:
     for _ in range(PROFILED):
-        state, report = step(state, next(stream))
+        state, report = step(state, next(stream)[1])
     jax.block_until_ready(report)
 
 
@@ -355,7 +356,7 @@ def main(
         plot(list(rows.values()), out.with_suffix(".png"))
         return 0
     everything = toy_cases() if toy else cases(None if memory else "mosaic_gpu")
-    chosen = [case for case in everything if only in case.name]
+    chosen = [case for case in everything if only == case.name] or [case for case in everything if only in case.name]
     if memory:
         warnings.filterwarnings("ignore", category=SlowerPathWarning)  # nothing runs
         for case in chosen:
@@ -368,14 +369,15 @@ def main(
         # A process per case: what one leaves behind in pieces of the GPU's memory would be missing in the next.
         for case in chosen:
             arguments = ["--only", case.name, "--steps", str(steps), "--out", str(out)]
-            if code := subprocess.run([sys.executable, __file__, *arguments], check=False).returncode:
+            code = subprocess.run([sys.executable, __file__, *arguments], check=False).returncode
+            if code > 0:  # refused, as the others would be; what a signal ended costs no other case
                 return code
         return 0
     allocate_in_pieces()
     if not toy and jax.default_backend() != "gpu":
         print(f"error: needs a GPU, the default backend is {jax.default_backend()}; --toy runs on it", file=sys.stderr)
         return 1
-    about = dict(command="python " + " ".join(sys.argv), device=jax.devices()[0].device_kind, jax=jax.__version__)
+    about = dict(command="python experiments/bench_model.py", device=jax.devices()[0].device_kind, jax=jax.__version__)
     for case in chosen:
         try:
             rows[case.name] = row = measure(case, steps=steps)

@@ -112,23 +112,15 @@ def _kept(path: pathlib.Path, about: dict) -> dict[tuple, dict]:
 def _head_start():
     """Occupies one multiprocessor for `COUNT` dependent steps and leaves memory and power to what follows."""
 
-    def count(out, vector):
+    def count(out):
         def step(i, x):
             return x * 0.999 + 1.0
 
         zeros = plgpu.layout_cast(jnp.zeros(128, jnp.float32), plgpu.Layout.WG_STRIDED((128,), 1))
-        vector[...] = lax.fori_loop(0, COUNT, step, zeros)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(vector, out)
-        plgpu.wait_smem_to_gmem(0)
+        out[...] = lax.fori_loop(0, COUNT, step, zeros)
 
-    kernel = plgpu.kernel(
-        count,
-        out_type=jax.ShapeDtypeStruct((128,), jnp.float32),
-        scratch_types=[plgpu.SMEM((128,), jnp.float32)],
-        grid=(1,),
-        grid_names=("one",),
-    )
+    vector = jax.ShapeDtypeStruct((128,), jnp.float32)
+    kernel = plgpu.kernel(count, out_type=vector, grid=(1,), grid_names=("one",))
     return jax.jit(kernel).lower().compile()
 
 

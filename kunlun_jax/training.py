@@ -1,7 +1,8 @@
 """The training step, the prediction step, and the loop around them."""
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from kunlun_jax.batch import Batch
+from kunlun_jax.data.pipeline import Placed
 from kunlun_jax.embedding import TableState, embed, init_tables, look_up, update
 from kunlun_jax.embedding.dropout import drop_fields
 from kunlun_jax.metrics import Evaluation
@@ -329,14 +331,14 @@ class Timings:
 def fit(
     learner: Learner,
     state: TrainState,
-    batches: Iterator[tuple[Batch, Any]],
+    batches: Placed,
     *,
     base_rates: dict[str, float],
     log_every: int,
     on_log: Callable[[int, dict[str, Any]], None],
     after_step: Callable[[int, TrainState], bool],
 ) -> TrainState:
-    """Train on `batches`, as `Placed` yields them, until they end or `after_step(step, state)` returns False.
+    """Train on `batches` until they end or `after_step(step, state)` returns False; `batches` are closed then.
 
     The host looks at a step's report while the next step runs, so the device never waits for it.
 
@@ -349,30 +351,31 @@ def fit(
     """
     step, pending, shapes = int(state.step), None, set()
     evaluation, timings = Evaluation(tasks=learner.schema.tasks, base_rates=base_rates), Timings(time.perf_counter())
-    while True:
-        before = time.perf_counter()
-        batch, placed = next(batches, (None, None))
-        timings.waited += time.perf_counter() - before
-        if batch is not None:
-            announce_compilation(batch, shapes, step + 1)
-            state, report = learner.train_step(state, placed)
-        if pending is not None:
-            done_step, done_report, done_batch = pending
-            learner.check_healthy(done_report, state, done_batch, done_step)
-            evaluation = add_predictions(evaluation, done_report.logits, done_batch, learner.schema)
-            timings.samples += int((done_batch.weight > 0).sum())
-            if done_step % log_every == 0 or batch is None:
-                evaluation, timings = _of_all_processes(evaluation, timings)
-                on_log(done_step, {**evaluation.results(), **rates(timings)})
-                evaluation = Evaluation(tasks=learner.schema.tasks, base_rates=base_rates)
-                timings = Timings(time.perf_counter())
-        if batch is None:
-            return state
-        step += 1
-        pending = (step, report, batch)
-        if not after_step(step, state):
-            learner.check_healthy(report, state, batch, step)
-            return state
+    with contextlib.closing(batches):
+        while True:
+            before = time.perf_counter()
+            batch, placed = next(batches, (None, None))
+            timings.waited += time.perf_counter() - before
+            if batch is not None:
+                announce_compilation(batch, shapes, step + 1)
+                state, report = learner.train_step(state, placed)
+            if pending is not None:
+                done_step, done_report, done_batch = pending
+                learner.check_healthy(done_report, state, done_batch, done_step)
+                evaluation = add_predictions(evaluation, done_report.logits, done_batch, learner.schema)
+                timings.samples += int((done_batch.weight > 0).sum())
+                if done_step % log_every == 0 or batch is None:
+                    evaluation, timings = _of_all_processes(evaluation, timings)
+                    on_log(done_step, {**evaluation.results(), **rates(timings)})
+                    evaluation = Evaluation(tasks=learner.schema.tasks, base_rates=base_rates)
+                    timings = Timings(time.perf_counter())
+            if batch is None:
+                return state
+            step += 1
+            pending = (step, report, batch)
+            if not after_step(step, state):
+                learner.check_healthy(report, state, batch, step)
+                return state
 
 
 def _of_all_processes(evaluation: Evaluation, timings: Timings) -> tuple[Evaluation, Timings]:

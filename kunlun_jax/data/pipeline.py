@@ -8,7 +8,6 @@ enough to overlap the host's work with the device's.
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -102,17 +101,17 @@ def loader(
 
 
 class Placed:
-    """Iterates over (batch, `place(batch)`), placed by threads that stay up to `ahead` batches in front.
+    """Iterates over (batch, `place(batch)`), placed by a thread that stays up to `ahead` batches in front.
 
-    The next batches are copied to the device while a step runs. Each has a thread of its own, since a copy to a GPU
-    begins when the steps enqueued before it are done, and its thread waits for that. An error is raised at its batch's
-    place. Nothing is read before the first batch is asked for.
+    The next batches are copied to the device while a step runs. An error is raised at its batch's place. Nothing is
+    read before the first batch is asked for. Whoever stops before the end calls `close`, which lets go of what lies
+    ahead.
 
     `get_state` gives the position behind the batch returned last, where `batches` know theirs.
     """
 
-    def __init__(self, batches: Iterator[Batch], place: Callable[[Batch], Any], *, ahead: int = 3):
-        self._batches, self._place, self._ahead = batches, place, ahead
+    def __init__(self, batches: Iterator[Batch], place: Callable[[Batch], Any], *, ahead: int = 2):
+        self._batches, self._place = batches, place
         self._ready: queue.Queue = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -122,21 +121,24 @@ class Placed:
         return self
 
     def __next__(self) -> tuple[Batch, Any]:
+        if self._stop.is_set():
+            raise StopIteration
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, daemon=True)
             self._thread.start()
-        batch, placed, self._position, error = self._ready.get()
+        batch, placed, position, error = self._ready.get()
         if error is not None:
             self._put((None, None, None, error))  # and so from now on
             raise error
-        return batch, placed.result()
+        self._position = position
+        return batch, placed
 
     def get_state(self) -> Any:
         return _position(self._batches) if self._thread is None else self._position
 
     def close(self) -> None:
-        """Stop reading ahead."""
         self._stop.set()
+        self._ready = queue.Queue()
 
     def _put(self, item) -> None:
         while not self._stop.is_set():
@@ -146,15 +148,14 @@ class Placed:
                 continue
 
     def _work(self) -> None:
-        with ThreadPoolExecutor(self._ahead) as pool:
-            try:
-                for batch in self._batches:
-                    self._put((batch, pool.submit(self._place, batch), _position(self._batches), None))
-                    if self._stop.is_set():
-                        return
-                self._put((None, None, _position(self._batches), StopIteration()))
-            except BaseException as error:
-                self._put((None, None, None, error))
+        try:
+            for batch in self._batches:
+                self._put((batch, self._place(batch), _position(self._batches), None))
+                if self._stop.is_set():
+                    return
+            self._put((None, None, None, StopIteration()))
+        except BaseException as error:
+            self._put((None, None, None, error))
 
 
 def _position(batches) -> Any:

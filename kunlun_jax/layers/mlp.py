@@ -30,13 +30,13 @@ def beside_parts(
 ) -> tuple[Float[Array, "*rest inputs"], list[Float[Array, "*rest outputs"]]]:
     """x itself and `in_parts` of it: the gradients of whoever reads this x are added inside the products."""
     (kernel,) = cast(str(jnp.dtype(layer.dtype)), layer.kernel)
-    same, products = _products(x.astype(layer.dtype).reshape(-1, x.shape[-1]), jnp.split(kernel, parts, axis=1))
+    same, products = _products(x.reshape(-1, x.shape[-1]), jnp.split(kernel, parts, axis=1))
     return same.reshape(x.shape), [part.reshape(*x.shape[:-1], -1) for part in products]
 
 
 @jax.custom_vjp
 def _products(x, weights):
-    return x, [x @ w for w in weights]
+    return x, [x.astype(w.dtype) @ w for w in weights]
 
 
 def _products_forward(x, weights):
@@ -46,8 +46,8 @@ def _products_forward(x, weights):
 def _products_backward(saved, gradients):
     (x, weights), (total, of_products) = saved, gradients
     for d, w in zip(of_products, weights, strict=True):
-        total = d @ w.T + total  # in this order XLA lets the product start from the sum
-    return total, [x.T @ d for d in of_products]
+        total = (d @ w.T).astype(x.dtype) + total  # in this order XLA lets the product start from the sum
+    return total, [x.astype(d.dtype).T @ d for d in of_products]
 
 
 _products.defvjp(_products_forward, _products_backward)

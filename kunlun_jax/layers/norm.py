@@ -52,9 +52,7 @@ def _split_norm_backward(x, gradients):
     mean, factor = _statistics(x)  # again: kept ones would cost a pass of their own
     # The barrier lets the products that end here add up in their own results; XLA would add them in this pass instead.
     d_residual, d = (g.astype(jnp.float32) for g in lax.optimization_barrier(gradients))
-    normed = (x.astype(jnp.float32) - mean) * factor
-    d = d - jnp.mean(d, axis=1, keepdims=True) - normed * jnp.mean(d * normed, axis=1, keepdims=True)
-    return ((factor * d + d_residual).astype(x.dtype),)
+    return ((_to_rows(d, (x.astype(jnp.float32) - mean) * factor, factor) + d_residual).astype(x.dtype),)
 
 
 _split_norm.defvjp(_split_norm_forward, _split_norm_backward)
@@ -73,15 +71,19 @@ def _forward(x, scale, bias):
 def _backward(residuals, d):
     x, scale = residuals
     mean, factor = _statistics(x)
-    normed, inner = (x.astype(jnp.float32) - mean) * factor, d * scale
-    dx = inner - jnp.mean(inner, axis=1, keepdims=True) - normed * jnp.mean(inner * normed, axis=1, keepdims=True)
+    dx = _to_rows(d * scale, (x.astype(jnp.float32) - mean) * factor, factor)
     # The barrier keeps the sums over columns from asking the pass over rows for a float32 array of products.
     mean_again, factor_again = lax.optimization_barrier((mean, factor))
     normed = (x.astype(jnp.float32) - mean_again) * factor_again
-    return (factor * dx).astype(x.dtype), jnp.sum(d * normed, axis=0), jnp.sum(d, axis=0)
+    return dx.astype(x.dtype), jnp.sum(d * normed, axis=0), jnp.sum(d, axis=0)
 
 
 _layer_norm.defvjp(_forward, _backward)
+
+
+def _to_rows(d, normed, factor):
+    """The gradient of rows, from that of their normalised form."""
+    return factor * (d - jnp.mean(d, axis=1, keepdims=True) - normed * jnp.mean(d * normed, axis=1, keepdims=True))
 
 
 def _statistics(x):

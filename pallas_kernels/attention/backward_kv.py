@@ -36,17 +36,17 @@ def attention_dkv(
     delta,
     angles=None,
     *,
-    turned: bool = False,
+    rotates: bool = False,
     scale: float,
     sms: int,
     interpret=None,
 ):
-    """(dk, dv); angles and turned as for `attention_dq`."""
+    """(dk, dv); angles and rotates as for `attention_dq`."""
     return common.persistent(
-        functools.partial(_dkv, work=work, turned=turned, scale=scale, sms=sms, interpret=interpret),
+        functools.partial(_dkv, work=work, rotates=rotates, scale=scale, sms=sms, interpret=interpret),
         name="attention_dkv",
         out_type=[common.like(k), common.like(v)],
-        scratch=dkv_scratch(q.dtype, q.shape[2] // hopper.PANEL, turned=turned, interpret=interpret),
+        scratch=dkv_scratch(q.dtype, q.shape[2] // hopper.PANEL, rotates=rotates, interpret=interpret),
         sms=sms,
         threads=WARPGROUPS + 1,
         interpret=interpret,
@@ -54,10 +54,10 @@ def attention_dkv(
     )
 
 
-def dkv_scratch(dtype, panels: int, *, turned: bool, interpret) -> dict:
+def dkv_scratch(dtype, panels: int, *, rotates: bool, interpret) -> dict:
     buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
     slots, tile = stream_slots(panels), (2, panels, BLOCK, hopper.PANEL)
-    return common.ready_barriers(FIXED_SLOTS * WARPGROUPS, slots, turned) | dict(
+    return common.ready_barriers(FIXED_SLOTS * WARPGROUPS, slots, rotates) | dict(
         held_smem=buffer((FIXED_SLOTS, WARPGROUPS, *tile)),  # k, v
         passing_smem=buffer((slots, *tile)),  # q, dout
         statistics_smem=plgpu.SMEM((slots, 2, BLOCK), jnp.float32),  # statistics, delta
@@ -82,14 +82,14 @@ def _dkv(
     held_ready: Any = None,
     ready: Any = None,
     work,
-    turned,
+    rotates,
     scale,
     sms,
     interpret,
 ):
     *tables, q_gmem, k_gmem, v_gmem, dout_gmem, statistics_gmem, delta_gmem, dk_gmem, dv_gmem = refs
     tables, angles = common.tables_and_angles(work, tables)
-    if not turned:
+    if not rotates:
         held_ready, ready = held_full, full
     kv_heads, width = k_gmem.shape[1:]
     group, panels, dtype = q_gmem.shape[1] // kv_heads, width // hopper.PANEL, q_gmem.dtype
@@ -109,7 +109,7 @@ def _dkv(
         return common.blocks_seen(item.position + first, rows, item.q_rows, work.right, work.left)
 
     def memory():
-        plgpu.set_max_registers(common.registers(WARPGROUPS, turned, 2 * panels)[1], action="decrease")
+        plgpu.set_max_registers(common.registers(WARPGROUPS, rotates, 2 * panels)[1], action="decrease")
 
         def load_item(item, kv_head, counters):
             *held_counts, count = counters
@@ -163,7 +163,7 @@ def _dkv(
                     row, left = item.q_row + j * BLOCK, item.q_rows - j * BLOCK
                     rotary.rotate(passing_mma.at[slot, 0], angles, row, left, ready.at[slot])
 
-                if turned:
+                if rotates:
                     prepare = functools.partial(pl.when(g == 0), rotate_keys)
                     common.load_ahead(begin, end, slots - 1, load, prepare, rotate_queries)
                 else:
@@ -180,7 +180,7 @@ def _dkv(
         gaps.fill(passing_mma.at[0, 0, 0], passing_tma.at[0, 0, 0], dk_gmem, dv_gmem)
 
     def compute():
-        plgpu.set_max_registers(common.registers(WARPGROUPS, turned, 2 * panels)[0], action="increase")
+        plgpu.set_max_registers(common.registers(WARPGROUPS, rotates, 2 * panels)[0], action="increase")
 
         def item_body(item, kv_head, counters):
             held_count, count = counters

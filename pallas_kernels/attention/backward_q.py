@@ -46,24 +46,24 @@ def attention_dq(
     statistics,
     angles=None,
     *,
-    turned: bool = False,
+    rotates: bool = False,
     scale: float,
     sms: int,
     interpret=None,
 ):
     """(dq, delta); delta [H, ...] float32 lies as the statistics do.
 
-    angles: of rotary encoding, an `Angles`: dq is turned back by them. turned: q and k are not rotated yet.
+    angles: of rotary encoding, an `Angles`: dq is turned back by them. rotates: q and k are rotated here too.
 
     Where all samples share the queries, dq is float32 [work.splits, H, rows, D], to be summed and scaled.
     """
     shape = work.splits, q.shape[1], q.shape[0], q.shape[2]
     dq = jax.ShapeDtypeStruct(shape, jnp.float32) if work.splits else common.like(q)
     return common.persistent(
-        functools.partial(_dq, work=work, turned=turned, scale=scale, sms=sms, interpret=interpret),
+        functools.partial(_dq, work=work, rotates=rotates, scale=scale, sms=sms, interpret=interpret),
         name="attention_dq",
         out_type=[dq, common.like(statistics)],
-        scratch=dq_scratch(q.dtype, q.shape[2] // hopper.PANEL, turned=turned, interpret=interpret),
+        scratch=dq_scratch(q.dtype, q.shape[2] // hopper.PANEL, rotates=rotates, interpret=interpret),
         sms=sms,
         threads=WARPGROUPS + 1,
         interpret=interpret,
@@ -71,10 +71,10 @@ def attention_dq(
     )
 
 
-def dq_scratch(dtype, panels: int, *, turned: bool, interpret) -> dict:
+def dq_scratch(dtype, panels: int, *, rotates: bool, interpret) -> dict:
     buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
     slots, tile = stream_slots(panels), (2, panels, BLOCK, hopper.PANEL)
-    return common.ready_barriers(FIXED_SLOTS * WARPGROUPS, slots, turned) | dict(
+    return common.ready_barriers(FIXED_SLOTS * WARPGROUPS, slots, rotates) | dict(
         held_smem=buffer((FIXED_SLOTS, WARPGROUPS, *tile)),  # q, dout
         passing_smem=buffer((slots, *tile)),  # k, v; or out of both warpgroups
         held_full=plgpu.Barrier(num_arrivals=2 * panels, num_barriers=FIXED_SLOTS * WARPGROUPS),
@@ -97,14 +97,14 @@ def _dq(
     held_ready: Any = None,
     ready: Any = None,
     work,
-    turned,
+    rotates,
     scale,
     sms,
     interpret,
 ):
     *tables, q_gmem, k_gmem, v_gmem, out_gmem, dout_gmem, statistics_gmem, dq_gmem, delta_gmem = refs
     tables, angles = common.tables_and_angles(work, tables)
-    if not turned:
+    if not rotates:
         held_ready, ready = held_full, full
     heads, width = q_gmem.shape[1:]
     group, panels, dtype = heads // k_gmem.shape[1], width // hopper.PANEL, q_gmem.dtype
@@ -134,7 +134,7 @@ def _dq(
         return common.blocks_seen(item.position + first, rows, item.kv_rows, work.left, work.right)
 
     def memory():
-        plgpu.set_max_registers(common.registers(WARPGROUPS, turned, panels)[1], action="decrease")
+        plgpu.set_max_registers(common.registers(WARPGROUPS, rotates, panels)[1], action="decrease")
 
         def load_item(item, head, counters):
             *held_counts, count = counters
@@ -194,7 +194,7 @@ def _dq(
                 row, left = item.kv_row + j * BLOCK, item.kv_rows - j * BLOCK
                 rotary.rotate(passing_mma.at[slot, 0], angles, row, left, ready.at[slot])
 
-            if turned:
+            if rotates:
                 common.load_ahead(begin, end, slots - 2, load, rotate_queries, rotate_keys)
             else:
                 lax.fori_loop(begin, end, lambda j, _: load(j), None)
@@ -213,7 +213,7 @@ def _dq(
             gaps.fill(passing_mma.at[0, 0, 0], passing_tma.at[0, 0, 0], dq_gmem)
 
     def compute():
-        plgpu.set_max_registers(common.registers(WARPGROUPS, turned, panels)[0], action="increase")
+        plgpu.set_max_registers(common.registers(WARPGROUPS, rotates, panels)[0], action="increase")
 
         def item_body(shared_acc, item, head, counters):
             held_count, count = counters

@@ -158,7 +158,7 @@ def drain(count, slots: int, *barriers):
     lax.fori_loop(jnp.maximum(count - slots, 0), count, wait, None)
 
 
-def registers(warpgroups: int, turned: bool, panels: int) -> tuple[int, int]:
+def registers(warpgroups: int, rotates: bool, panels: int) -> tuple[int, int]:
     """Registers of a thread of the warpgroups that compute, and of the one that issues copies and may rotate tiles.
 
     panels: of all accumulators [BLOCK, 64] that a warpgroup keeps.
@@ -166,7 +166,7 @@ def registers(warpgroups: int, turned: bool, panels: int) -> tuple[int, int]:
     A block starts with the same number for every thread, a multiple of 8, and only moves registers about: more than
     there were at the start would be waited for in vain.
     """
-    if turned:
+    if rotates:
         return (224, 56) if panels > 2 else (208, 88)
     return {2: (240, 24), 3: (160, 32), 4: (112, 32)}[warpgroups]
 
@@ -177,9 +177,9 @@ def tables_and_angles(work, refs) -> tuple[Any, Any]:
     return work.tables(*refs[:count]), Angles(*refs[count:]) if refs[count:] else None
 
 
-def ready_barriers(held: int, passing: int, turned: bool) -> dict:
+def ready_barriers(held: int, passing: int, rotates: bool) -> dict:
     """Barriers for tiles that are rotated after their copy; without angles a copy is all."""
-    if not turned:
+    if not rotates:
         return {}
     return dict(
         held_ready=plgpu.Barrier(num_arrivals=1, num_barriers=held),

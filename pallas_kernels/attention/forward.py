@@ -33,8 +33,8 @@ def attention_forward(work, tables, q, k, v, angles=None, *, warpgroups: int, sc
     work: which rows meet, see `work.py`; tables: what `work` reads. warpgroups: how many compute, 2 to 4;
     2 with angles, an `Angles` of rotary encoding, and 4 only at head width 64.
     """
-    panels, turned = q.shape[2] // hopper.PANEL, angles is not None
-    static = dict(work=work, turned=turned, warpgroups=warpgroups, scale=scale, sms=sms, interpret=interpret)
+    panels, rotates = q.shape[2] // hopper.PANEL, angles is not None
+    static = dict(work=work, rotates=rotates, warpgroups=warpgroups, scale=scale, sms=sms, interpret=interpret)
     return common.persistent(
         functools.partial(_kernel, **static),
         name="attention_forward",
@@ -42,7 +42,7 @@ def attention_forward(work, tables, q, k, v, angles=None, *, warpgroups: int, sc
             jax.ShapeDtypeStruct((work.out_rows, *q.shape[1:]), q.dtype),
             jax.ShapeDtypeStruct((q.shape[1], work.statistics_rows), jnp.float32),
         ],
-        scratch=forward_scratch(q.dtype, panels, warpgroups, turned=turned, interpret=interpret),
+        scratch=forward_scratch(q.dtype, panels, warpgroups, rotates=rotates, interpret=interpret),
         sms=sms,
         threads=warpgroups + 1,
         interpret=interpret,
@@ -50,7 +50,7 @@ def attention_forward(work, tables, q, k, v, angles=None, *, warpgroups: int, sc
     )
 
 
-def forward_scratch(dtype, panels: int, warpgroups: int, *, turned: bool, interpret) -> dict:
+def forward_scratch(dtype, panels: int, warpgroups: int, *, rotates: bool, interpret) -> dict:
     """Shared memory and barriers: two tiles of queries, and as many blocks of keys and values as fit beside them."""
     q_slots, kv_slots = 2, 8 // panels
     buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
@@ -59,7 +59,7 @@ def forward_scratch(dtype, panels: int, warpgroups: int, *, turned: bool, interp
         q_ready=plgpu.Barrier(num_arrivals=1, num_barriers=q_slots * warpgroups),
         k_ready=plgpu.Barrier(num_arrivals=1, num_barriers=kv_slots),
     )
-    return (ready if turned else {}) | dict(
+    return (ready if rotates else {}) | dict(
         q_smem=buffer((q_slots, warpgroups, panels, BLOCK, hopper.PANEL)),
         k_smem=buffer(kv),
         v_smem=buffer(kv),
@@ -87,7 +87,7 @@ def _kernel(
     tail_full,
     q_ready: Any = None,
     k_ready: Any = None,
-    turned,
+    rotates,
     work,
     warpgroups,
     scale,
@@ -104,7 +104,7 @@ def _kernel(
         hopper.row_views(x, interpret=interpret) for x in (q_smem, k_smem, v_smem)
     )
     to_log2 = scale * common.LOG2E
-    if not turned:
+    if not rotates:
         q_ready, k_ready = q_full, k_full
     sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
     zero = jnp.int32(0)
@@ -117,7 +117,7 @@ def _kernel(
         return common.blocks_seen(item.position + first, rows, item.kv_rows, work.left, work.right)
 
     def memory():
-        plgpu.set_max_registers(common.registers(warpgroups, turned, panels)[1], action="decrease")
+        plgpu.set_max_registers(common.registers(warpgroups, rotates, panels)[1], action="decrease")
 
         def load_item(item, head, counters):
             *q_counts, kv_count = counters
@@ -167,7 +167,7 @@ def _kernel(
                 left = item.kv_rows - j * BLOCK
                 rotary.rotate(k_mma.at[slot], angles, item.kv_row + j * BLOCK, left, k_ready.at[slot])
 
-            if turned:
+            if rotates:
                 common.load_ahead(begin, end, kv_slots - 1, load, rotate_queries, rotate_keys)
             else:
                 lax.fori_loop(begin, end, lambda j, _: load(j), None)
@@ -181,7 +181,7 @@ def _kernel(
         gaps.fill(k_mma.at[0, 0], k_tma.at[0, 0], out_gmem)
 
     def compute():
-        plgpu.set_max_registers(common.registers(warpgroups, turned, panels)[0], action="increase")
+        plgpu.set_max_registers(common.registers(warpgroups, rotates, panels)[0], action="increase")
 
         def attend(item, head, counters):
             q_count, kv_count = counters

@@ -92,9 +92,9 @@ def _attention(static: Static, *operands):
     return _forward(static, *operands)[0]
 
 
-def forward_warpgroups(width: int, left: int | None, right: int | None, *, turned: bool) -> int:
+def forward_warpgroups(width: int, left: int | None, right: int | None, *, rotates: bool) -> int:
     """How many compute: more of them hide each other's waits, as long as registers last and they see the same keys."""
-    if turned:
+    if rotates:
         return 2
     if width == 64:
         return 4
@@ -109,7 +109,7 @@ def _forward(static: Static, q, k, v, starts, lengths, angles):
         q, k = xla.rotated(q, k, starts, lengths, angles)
     angles = None if angles is None else with_end(angles)
     inside = angles if static.turn_inside else None
-    warpgroups = forward_warpgroups(q.shape[2], static.left, static.right, turned=inside is not None)
+    warpgroups = forward_warpgroups(q.shape[2], static.left, static.right, rotates=inside is not None)
     run: dict[str, Any] = dict(warpgroups=warpgroups, scale=static.scale, sms=static.sms, interpret=static.interpret)
     out, statistics = attention_forward(_work(static, q, starts), tables, q, k, v, inside, **run)
     out, statistics, _ = vary_together(out, statistics, q)
@@ -122,7 +122,7 @@ def _backward(static: Static, residuals, dout):
     dout, work = dout.astype(q.dtype), _work(static, q, starts)
     by_query, by_key = (_ranges(static, q, starts, lengths, x.shape[1]) for x in (q, k))
     run: dict[str, Any] = dict(scale=static.scale, sms=static.sms, interpret=static.interpret)
-    run |= dict(turned=static.turn_inside and angles is not None)
+    run |= dict(rotates=static.turn_inside and angles is not None)
     dq, delta = attention_dq(work, by_query, q, k, v, out, dout, statistics, angles, **run)
     dk, dv = attention_dkv(work, by_key, q, k, v, dout, statistics, delta, angles, **run)
     return (

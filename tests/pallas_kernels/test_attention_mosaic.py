@@ -156,9 +156,9 @@ def test_blocks_seen_are_those_that_meet(first, rows, others, before, after):
 def test_shared_memory_and_registers_suffice(width, window):
     panels = width // hopper.PANEL
     static = dict(dtype=jnp.bfloat16, panels=panels, interpret=None)
-    chosen = {turned: window_mosaic.forward_warpgroups(width, *window, turned=turned) for turned in (False, True)}
-    scratches = [forward_scratch(warpgroups=w, turned=turned, **static) for turned, w in chosen.items()]
-    scratches += [f(turned=turned, **static) for f in (dq_scratch, dkv_scratch) for turned in (False, True)]
+    chosen = {turned: window_mosaic.forward_warpgroups(width, *window, rotates=turned) for turned in (False, True)}
+    scratches = [forward_scratch(warpgroups=w, rotates=turned, **static) for turned, w in chosen.items()]
+    scratches += [f(rotates=turned, **static) for f in (dq_scratch, dkv_scratch) for turned in (False, True)]
     assert all(hopper.shared_bytes(s) <= hopper.SHARED_MEMORY for s in scratches)
     # What the accumulators of scores and result take, and half of the scores again as probabilities, is not all.
     assert all(registers(w, turned, panels)[0] > 80 + 32 * (panels - 1) for turned, w in chosen.items())

@@ -72,9 +72,11 @@ def test_tiles_fit_or_are_refused(width, heads, slots):
     assert hopper.shared_bytes(block_scratch(jnp.bfloat16, heads, width // 64, tiles, interpret=None)) <= 227 * 1024
 
 
-@pytest.mark.parametrize(("width", "heads"), [(128, 4), (64, 8), (128, 1)])
-def test_every_choice_is_lowered(width, heads):
-    q, k = (jax.ShapeDtypeStruct((n, h, width), jnp.float16) for n, h in ((2048, heads), (512, max(heads // 2, 1))))
+@pytest.mark.parametrize(
+    ("width", "heads", "dtype"), [(128, 4, jnp.bfloat16), (64, 8, jnp.float16), (128, 1, jnp.bfloat16)]
+)
+def test_every_choice_is_lowered(width, heads, dtype):
+    q, k = (jax.ShapeDtypeStruct((n, h, width), dtype) for n, h in ((2048, heads), (512, max(heads // 2, 1))))
     activation = ("gelu", "relu2") * (heads // 2) or ("gelu_tanh",)
     static = dict(activation=activation, scale=1.0, post_scale=1.0, eps=1e-5, max_q_length=1024, sms=132)
     f = functools.partial(block_forward, **static, tiles=block_tiles(heads=heads, width=width))

@@ -158,3 +158,5 @@ def test_the_position_is_that_behind_the_last_batch_returned(samples):
         chex.assert_trees_all_equal(next(stream)[0], next(plain))
         assert stream.get_state() == plain.get_state()
     stream.close()
+    assert list(stream) == []
+    assert stream.get_state() == plain.get_state()

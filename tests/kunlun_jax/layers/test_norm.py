@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kunlun_jax.layers.mlp import in_parts, linear, mix_tokens
+from kunlun_jax.layers.mlp import beside_parts, in_parts, linear, mix_tokens
 from kunlun_jax.layers.norm import EPSILON, layer_norm, split_norm
 
 
@@ -75,6 +75,27 @@ def test_parts_of_a_layer_are_its_result_cut_with_its_gradients():
 
     np.testing.assert_allclose(cut(params, x), whole(params, x), atol=1e-6)
     chex.assert_trees_all_close(gradients(cut), gradients(whole), atol=1e-5)
+
+
+def test_an_operand_beside_its_parts_is_itself_and_gets_the_gradients_of_all_readers():
+    layer = linear(6, 12, bias=False, dtype="bfloat16", rngs=nnx.Rngs(0))
+    x, *weights = (jax.random.normal(jax.random.key(seed), (5, n)) for seed, n in ((2, 6), (3, 6), (4, 12)))
+    same, parts = beside_parts(layer, x, 3)
+    assert same.dtype == jnp.float32
+    assert all(part.dtype == jnp.bfloat16 for part in parts)
+    np.testing.assert_array_equal(same, x)
+
+    def loss(split):
+        return lambda x: sum(jnp.sum(w * y) for w, y in zip(weights, split(x), strict=True))
+
+    def beside(x):
+        same, parts = beside_parts(layer, x, 3)
+        return same, jnp.concatenate(parts, axis=-1).astype(jnp.float32)
+
+    def definition(x):
+        return x, x @ layer.kernel[...]
+
+    np.testing.assert_allclose(jax.grad(loss(beside))(x), jax.grad(loss(definition))(x), atol=0.05)
 
 
 def test_tokens_are_mixed_sample_by_sample_for_any_leading_axes():
