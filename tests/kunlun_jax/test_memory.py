@@ -54,6 +54,9 @@ def test_a_step_that_does_not_fit_names_its_bytes_and_the_batch_that_would(learn
     with pytest.raises(ValueError, match=rf"batch_size 512: .* of the device's {limit:,} bytes .*; a batch of {fits} "):
         check_fits(learner, 512, limit)
     assert check_fits(learner, fits, limit).total <= USABLE * limit
+    assert step_memory(learner, 110).total < limit
+    with pytest.raises(ValueError, match="batch_size 110"):  # it would fill the memory to the brim
+        check_fits(learner, 110, limit)
 
 
 def test_a_model_whose_state_alone_is_too_large_fits_no_batch(learner):

@@ -359,3 +359,10 @@ def test_tables_that_do_not_fit_are_refused_before_they_are_made(model, monkeypa
     assert learner.shards == 8
     assert "item: 13 × 8, 2 rows per device, 72 B per device" in said[0]
     assert "tag: 5 × 4, whole on every device, 100 B per device" in said[0]
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(data=2)])
+def test_the_dropout_and_the_seed_of_a_config_reach_its_learner(model, parallel):
+    config = TrainConfig(model=KunlunConfig(), batch_size=SAMPLES, parallel=parallel, embedding_dropout=0.4, seed=3)
+    learner = make_learner(model, SCHEMA, config, steps=1, say=print)
+    assert (learner.dropout, learner.seed) == (0.4, 3)
