@@ -39,7 +39,7 @@ import tyro
 from flax import nnx
 from jax import lax
 
-from kunlun_jax.batch import Batch
+from kunlun_jax.batch import Batch, PackedBatch, layout_of
 from kunlun_jax.config import TrainConfig
 from kunlun_jax.data.pipeline import Placed
 from kunlun_jax.data.synthetic import SyntheticConfig, generate, make_schema
@@ -165,8 +165,9 @@ def programs(case: Case, learner: Learner) -> tuple[Any, Any, Any]:
 
     gpu = jax.default_backend() == "gpu"
     batch = abstract_batch(learner.schema, case.batch, fraction=case.fraction)
+    packed = PackedBatch(jax.ShapeDtypeStruct((1, layout_of(batch).words), jnp.int32), layout_of(batch))
     with contextlib.nullcontext() if case.fused else separate_norms():
-        lowered = learner.train_step.lower(learner.abstract(), batch)
+        lowered = learner.train_step.lower(learner.abstract(), packed)
     step = lowered.compile(compiler_options=None if gpu else QUICK)
     return jax.jit(first_state).lower().compile(), step, lowered.compile(compiler_options=OPTIONS) if gpu else step
 

@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PRNGKeyArray, PyTree
 
-from kunlun_jax.batch import Batch
+from kunlun_jax.batch import Batch, PackedBatch
 from kunlun_jax.config import TrainConfig
 from kunlun_jax.embedding.placement import TablePlan, plan_tables
 from kunlun_jax.embedding.sharded import ShardedTables
@@ -151,8 +151,8 @@ class MeshLearner(Learner):
         sizes = self.tables.touched_sizes(self._most_ids)
         return {name: jnp.full((self.mesh.size * k, m), rows, jnp.int32) for name, (k, m, rows) in sizes.items()}
 
-    def place(self, batch: Batch) -> Batch:
-        return place_batch(self.mesh, batch)
+    def place(self, batch: Batch) -> PackedBatch:
+        return place_batch(self.mesh, PackedBatch.of(batch))
 
     def abstract(self) -> TrainState:
         shapes = jax.eval_shape(self._fresh, self._params, jax.random.key(0))
@@ -177,7 +177,7 @@ class MeshLearner(Learner):
     def _draws(self, step) -> PRNGKeyArray:
         return jax.random.fold_in(super()._draws(step), lax.axis_index(AXES))  # each device draws for its own samples
 
-    def _run(self, state: TrainState, batch: Batch):
+    def _run(self, state: TrainState, batch: Batch | PackedBatch):
         specs = self._specs
         out = (REPLICATED, BATCH, self._flat_specs(), REPLICATED, specs.tables, specs.touched)
         return self._over_mesh(self._device_step, (specs, BATCH), out)(state, batch)

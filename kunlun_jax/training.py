@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from kunlun_jax.batch import Batch
+from kunlun_jax.batch import Batch, PackedBatch, unpacked
 from kunlun_jax.data.pipeline import Placed
 from kunlun_jax.embedding import TableState, embed, init_tables, look_up, update
 from kunlun_jax.embedding.dropout import drop_fields
@@ -139,9 +139,9 @@ class Learner:
 
     # What a mesh does differently. On one device a checkpoint holds the state as it is.
 
-    def place(self, batch: Batch) -> Batch:
+    def place(self, batch: Batch) -> PackedBatch:
         """A host batch where the steps expect it."""
-        return jax.device_put(batch)
+        return jax.device_put(PackedBatch.of(batch))
 
     def abstract(self) -> TrainState:
         """Shapes, and places, of what `portable` returns: the target to restore a checkpoint to."""
@@ -189,12 +189,13 @@ class Learner:
         """The key of a step's random draws."""
         return jax.random.fold_in(jax.random.key(self.seed), step)
 
-    def _run(self, state: TrainState, batch: Batch):
+    def _run(self, state: TrainState, batch: Batch | PackedBatch):
         return self._device_step(state, batch)
 
-    # The step.
+    # The step. Batches are as `place` returns them; unpacked ones work too.
 
-    def _predict(self, params, tables, batch: Batch) -> Float[Array, "B tasks"]:
+    def _predict(self, params, tables, batch: Batch | PackedBatch) -> Float[Array, "B tasks"]:
+        batch = unpacked(batch)
         rows, plans, _ = self._look_up(tables, batch)
         return nnx.merge(self.graphdef, self._whole(params))(embed(self.schema, batch, rows, plans))
 
@@ -215,15 +216,15 @@ class Learner:
         (loss, logits), (grads, row_grads) = differentiate(self._whole(state.params), rows)
         return Gradients(loss, logits, self.flat.ravel(grads), row_grads, rows, requests)
 
-    def _device_step(self, state: TrainState, batch: Batch):
+    def _device_step(self, state: TrainState, batch: Batch | PackedBatch):
         """What a device does with its batch shard: everything but the dense parameters' step."""
-        gradients, finite = self._combine(self._gradients(state, batch))
+        gradients, finite = self._combine(self._gradients(state, unpacked(batch)))
         healthy = state.healthy & finite
         with jax.named_scope("tables"):
             tables, touched = self._update_tables(state, gradients, healthy)
         return gradients.loss, gradients.logits, gradients.flat, healthy, tables, touched
 
-    def _train_step(self, state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
+    def _train_step(self, state: TrainState, batch: Batch | PackedBatch) -> tuple[TrainState, StepReport]:
         loss, logits, grads, healthy, tables, touched = self._run(state, batch)
         # Between the barriers the optimiser is one pass over its operands, in place. Without them XLA repeats it for
         # every parameter that is cut from the flat ones, and copies the moments, since those readers need the old ones.
@@ -250,8 +251,9 @@ class Learner:
     def _from_flat(self, flat):
         return self.flat.unravel(flat)
 
-    def _find_non_finite(self, state: TrainState, batch: Batch):
+    def _find_non_finite(self, state: TrainState, batch: Batch | PackedBatch):
         """The loss, and whether a tensor of the step is bad; groups in the order in which a step computes them."""
+        batch = unpacked(batch)
         gradients = self._gradients(state, batch)
         groups = (
             {"dense": batch.dense, **{name: events.values for name, events in batch.events.items()}},

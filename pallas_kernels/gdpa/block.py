@@ -1,10 +1,10 @@
 """The PFFN block: LayerNorm, GDPA, residual, RMSNorm, residual.
 
-The norms span all heads of a row. Without gradients the block is one kernel where an SM can hold all heads of a tile of
-queries (`mosaic_block`); the GDPA kernels see one head at a time. Elsewhere the norms are XLA's, written so that XLA
-makes one kernel of each side of GDPA, which reads and writes every tensor once: rows are flat, as XLA only keeps a row
-in registers over its last axis, and the gradients are in closed form, where automatic ones pass over the rows several
-times.
+The norms span all heads of a row. The forward pass is one kernel where an SM can hold all heads of a tile of queries
+(`mosaic_block`); the GDPA kernels see one head at a time. Elsewhere, and in the backward pass, the norms are XLA's,
+written so that XLA makes one kernel of each side of GDPA, which reads and writes every tensor once: rows are flat, as
+XLA only keeps a row in registers over its last axis, and the gradients are in closed form, where automatic ones pass
+over the rows several times.
 """
 
 import functools
@@ -34,54 +34,102 @@ def compose(gdpa, q, k, v, *spans, eps: float, **static):
     return out.astype(q.dtype)
 
 
-def in_two_passes(gdpa, q, k, v, *spans, eps: float, alone=None, **static):
-    """`compose` with one pass over the rows before GDPA and one behind it, in each direction.
-
-    alone: computes the block from (q, k, v) where no gradients are wanted; None: the forward pass as with gradients.
-    """
-    rows, heads, width = q.shape
+def in_two_passes(gdpa, q, k, v, *spans, eps: float, **static):
+    """`compose` with one pass over the rows before GDPA and one behind it, in each direction."""
+    shape = q.shape
     inside = _inside(spans, q)[:, None]
-
-    def flat(x):
-        # The barrier keeps the reshape out of XLA's fusions of a row, which want the parameter as it is.
-        return lax.optimization_barrier(x.reshape(rows, heads * width))
-
-    def by_head(x):
-        return x.reshape(rows, heads, width)
 
     @jax.custom_vjp
     def block(q, k, v):
-        return forward(q, k, v)[0] if alone is None else alone(q, k, v)
+        return forward(q, k, v)[0]
 
     def forward(q, k, v):
-        q = flat(q)
-        normed = by_head(_layer_norm(q, eps)[0].astype(q.dtype))
+        q = _flat(q)
+        normed = _layer_norm(q, eps)[0].astype(q.dtype).reshape(shape)
         attended, pull = jax.vjp(lambda x, k, v: gdpa(x, k, v, *spans, **static), normed, k, v)
-        mixed = _layer_norm(q, eps)[0].astype(q.dtype).astype(jnp.float32) + flat(attended).astype(jnp.float32)
+        mixed = _layer_norm(q, eps)[0].astype(q.dtype).astype(jnp.float32) + _flat(attended).astype(jnp.float32)
         out = mixed * _rms(mixed, eps) + q.astype(jnp.float32)
-        return by_head(jnp.where(inside, out, 0).astype(q.dtype)), (q, attended, pull)
+        return jnp.where(inside, out, 0).astype(q.dtype).reshape(shape), (q, attended, pull)
 
     def backward(residuals, d_out):
         q, attended, pull = residuals
-        d_out, attended = flat(d_out), flat(attended)
-
-        def d_mixed():
-            mixed = _layer_norm(q, eps)[0].astype(q.dtype).astype(jnp.float32) + attended.astype(jnp.float32)
-            rms, d = _rms(mixed, eps), d_out.astype(jnp.float32)
-            normed = mixed * rms
-            d = rms * (d - normed * jnp.mean(d * normed, axis=1, keepdims=True))
-            return jnp.where(inside, d, 0).astype(q.dtype)
-
-        d_attended = lax.optimization_barrier(d_mixed())
-        d_normed, d_k, d_v = pull(by_head(d_attended))
-        normed, scale = _layer_norm(q, eps)
-        d = flat(d_normed).astype(jnp.float32) + d_attended.astype(jnp.float32)
-        d = d - jnp.mean(d, axis=1, keepdims=True) - normed * jnp.mean(d * normed, axis=1, keepdims=True)
-        d = jnp.where(inside, d * scale + d_out.astype(jnp.float32), 0)
-        return by_head(d.astype(q.dtype)), d_k, d_v
+        return _pull_back(q, attended, d_out, inside, pull, eps)
 
     block.defvjp(forward, backward)
     return block(q, k, v)
+
+
+def _pull_back(q, attended, d_out, inside, pull, eps):
+    """Gradients of q, k and v from q [N, H·D] and GDPA's result [N, H, D]; pull: GDPA's gradients from its result's."""
+    shape, attended, d_out = d_out.shape, _flat(attended), _flat(d_out)
+
+    def d_mixed():
+        mixed = _layer_norm(q, eps)[0].astype(q.dtype).astype(jnp.float32) + attended.astype(jnp.float32)
+        rms, d = _rms(mixed, eps), d_out.astype(jnp.float32)
+        normed = mixed * rms
+        d = rms * (d - normed * jnp.mean(d * normed, axis=1, keepdims=True))
+        return jnp.where(inside, d, 0).astype(q.dtype)
+
+    d_attended = lax.optimization_barrier(d_mixed())
+    d_normed, d_k, d_v = pull(d_attended.reshape(shape))
+    normed, scale = _layer_norm(q, eps)
+    d = _flat(d_normed).astype(jnp.float32) + d_attended.astype(jnp.float32)
+    d = d - jnp.mean(d, axis=1, keepdims=True) - normed * jnp.mean(d * normed, axis=1, keepdims=True)
+    d = jnp.where(inside, d * scale + d_out.astype(jnp.float32), 0)
+    return d.astype(q.dtype).reshape(shape), d_k, d_v
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def fused(static: mosaic_module.Static, eps: float, *operands):
+    """`compose` with the forward pass in one kernel; operands (q, k, v, *spans). Needs `block_tiles`."""
+    return _fused(static, eps, *operands, save=False)
+
+
+# Under jit of their own, so that equal layers of a model are lowered once: a kernel takes seconds.
+@functools.partial(jax.jit, static_argnums=(0, 1), static_argnames="save")
+def _fused(static, eps, q, k, v, *spans, save: bool):
+    tiles = block_tiles(heads=q.shape[1], width=q.shape[2])
+    assert tiles is not None
+    out = block_forward(
+        q,
+        k,
+        v,
+        *spans,
+        activation=static.activation,
+        scale=static.scale,
+        post_scale=static.post_scale,
+        eps=eps,
+        max_q_length=static.max_q_length,
+        tiles=tiles,
+        sms=static.sms,
+        save=save,
+        interpret=static.interpret,
+    )
+    return vary_together(*out, q)[:-1] if save else vary_together(out, q)[0]
+
+
+def _fused_forward(static, eps, *operands):
+    out, normed, attended = _fused(static, eps, *operands, save=True)
+    return out, (operands, normed, attended)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _fused_backward(static, eps, residuals, d_out):
+    (q, k, v, *spans), normed, attended = residuals
+
+    def pull(d):
+        return mosaic_module.backward(static, (normed, k, v, *spans), d)[:3]
+
+    grads = _pull_back(_flat(q), attended, d_out, _inside(spans, q)[:, None], pull, eps)
+    return *grads, *(None,) * 4
+
+
+fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _flat(x):
+    """Rows [N, H·D]; the barrier keeps the reshape out of XLA's fusions of a row, which want the parameter as it is."""
+    return lax.optimization_barrier(x.reshape(x.shape[0], -1))
 
 
 def _inside(spans, q):
@@ -105,37 +153,11 @@ def _rms(x, eps):
 def mosaic_gpu(q, k, v, *spans, eps: float, shared_keys=False, sms: int | None = None, interpret=None, **static):
     """See `gdpa_block`; sms and interpret are for tests on a CPU."""
     sms = hopper.sm_count() if sms is None else sms
-    gdpa = functools.partial(mosaic_module.mosaic_gpu, sms=sms, interpret=interpret)
-
-    def one_kernel(q, k, v):
-        known = mosaic_module.Static(**static, shared_keys=shared_keys, sms=sms, interpret=interpret)
-        return _in_one_kernel(known, eps, *vary_together(q, k, v, *spans))
-
-    fits = block_tiles(heads=q.shape[1], width=q.shape[2]) is not None
-    alone = one_kernel if fits else None
-    return in_two_passes(gdpa, q, k, v, *spans, eps=eps, alone=alone, shared_keys=shared_keys, **static)
-
-
-# Under jit of its own, so that equal layers of a model are lowered once: a kernel takes seconds.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _in_one_kernel(static: mosaic_module.Static, eps: float, q, k, v, *spans):
-    tiles = block_tiles(heads=q.shape[1], width=q.shape[2])
-    assert tiles is not None
-    out = block_forward(
-        q,
-        k,
-        v,
-        *spans,
-        activation=static.activation,
-        scale=static.scale,
-        post_scale=static.post_scale,
-        eps=eps,
-        max_q_length=static.max_q_length,
-        tiles=tiles,
-        sms=static.sms,
-        interpret=static.interpret,
-    )
-    return vary_together(out, q)[0]
+    if block_tiles(heads=q.shape[1], width=q.shape[2]) is None:
+        gdpa = functools.partial(mosaic_module.mosaic_gpu, sms=sms, interpret=interpret)
+        return in_two_passes(gdpa, q, k, v, *spans, eps=eps, shared_keys=shared_keys, **static)
+    known = mosaic_module.Static(**static, shared_keys=shared_keys, sms=sms, interpret=interpret)
+    return fused(known, eps, *vary_together(q, k, v, *spans))
 
 
 def xla(*operands, **static):

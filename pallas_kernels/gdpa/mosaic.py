@@ -97,7 +97,8 @@ def _gdpa_fwd(static, *operands):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _gdpa_bwd(static: Static, operands, do):
+def backward(static: Static, operands, do):
+    """Gradients of `_gdpa`'s operands (q, k, v, spans), from its result's."""
     q, k, v, *spans = operands
     if 0 in (static.max_q_length, static.max_kv_length):
         return *map(jnp.zeros_like, (q, k, v)), *(None,) * 4
@@ -108,4 +109,4 @@ def _gdpa_bwd(static: Static, operands, do):
     return *vary_together(*grads, q)[:3], *(None,) * 4
 
 
-_gdpa.defvjp(_gdpa_fwd, _gdpa_bwd)
+_gdpa.defvjp(_gdpa_fwd, backward)

@@ -73,9 +73,11 @@ def block_forward(
     max_q_length: int,
     tiles: BlockTiles,
     sms: int,
+    save: bool,
     interpret=None,
 ):
-    """out [N, H, D] of `gdpa_block`.
+    """out [N, H, D] of `gdpa_block`; with `save` also, for the backward pass, LayerNorm's result and GDPA's, both
+    undefined outside the samples.
 
     tiles: of `block_tiles`. sms: blocks of the grid.
     """
@@ -101,11 +103,13 @@ def block_forward(
         eps=eps,
         tiles=tiles,
         sms=sms,
+        save=save,
         interpret=interpret,
     )
+    out = jax.ShapeDtypeStruct(q.shape, q.dtype)
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_type=(out,) * 3 if save else out,
         grid=(sms,),
         grid_names=("sm",),
         num_threads=COMPUTE + 1,
@@ -165,10 +169,11 @@ def _kernel(
     eps,
     tiles,
     sms,
+    save,
     interpret,
 ):
     schedule, refs = Schedule(*refs[: len(Schedule._fields)]), refs[len(Schedule._fields) :]
-    q_gmem, k_gmem, v_gmem, out_gmem = refs
+    q_gmem, k_gmem, v_gmem, out_gmem, *saved = refs
     rows, heads, width = q_gmem.shape
     group = heads // k_gmem.shape[1]
     dtype, panels, block = q_gmem.dtype, width // hopper.PANEL, tiles.kv_block
@@ -293,13 +298,13 @@ def _kernel(
     def put(head, p, x):
         q_mma[warpgroup, head * panels + p] = x.astype(dtype)
 
-    def store(item, head):
+    def store(target, item, head):
         """Store those of the warpgroup's rows of a head that belong to the item."""
         offset = warpgroup * WARPGROUP_ROWS
         count = jnp.clip(item.rows - offset, 0, WARPGROUP_ROWS)
         for p in range(panels):
             source = q_tma.at[warpgroup, head * panels + p]
-            hopper.store_rows(source, out_gmem, item.row + offset, count, columns(head, p))
+            hopper.store_rows(source, target, item.row + offset, count, columns(head, p))
         plgpu.commit_smem_to_gmem_group()
 
     def one_item(state):
@@ -345,6 +350,11 @@ def _kernel(
             (mine(head, p) * along_rows(rstd) - along_rows(shift)).astype(dtype)  # LayerNorm's result
             for p in range(panels)
         ]
+        if save:
+            for p in range(panels):
+                put(head, p, normed[p])
+            plgpu.commit_smem()
+            store(saved[0], item, head)
 
         def issue_scores(acc, n):
             for p in range(panels):
@@ -405,11 +415,16 @@ def _kernel(
         weights = weigh(s, jnp.int32(0)).astype(dtype)
         out = pl.run_scoped(attend, plgpu.ACC((WARPGROUP_ROWS, width), jnp.float32))
         post = by_head(head, [lambda _, post=act.post: jnp.float32(post) for act in acts], head)
+        if save:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for p in range(panels):
             attended = out[:, hopper.PANEL * p : hopper.PANEL * (p + 1)] * post
             mixed = attended + _widen(normed[p], interpret)
             squares += jnp.sum(mixed * mixed, axis=1)
             put(head, p, attended)
+        if save:
+            plgpu.commit_smem()
+            store(saved[1], item, head)
         return squares, n + blocks
 
     score_type = plgpu.ACC((WARPGROUP_ROWS, block), jnp.float32)
@@ -418,6 +433,8 @@ def _kernel(
         """Residual, RMSNorm, residual and store; then load the queries of the next item, if there is another one."""
         # (attended + rstd x - shift) rms + x
         of_x, rest = along_rows(rstd * rms + 1), along_rows(shift * rms)
+        if save:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         def one_head(head, n):
             for which in range(2):
@@ -430,7 +447,7 @@ def _kernel(
             plgpu.commit_smem()
             for which in range(2):
                 plgpu.barrier_arrive(empty.at[2 * at(n) + which])
-            store(item, head)
+            store(out_gmem, item, head)
 
             @pl.when(head > 0)
             def _():

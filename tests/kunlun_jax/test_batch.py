@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kunlun_jax.batch import check_batch, to_samples
+from kunlun_jax.batch import PackedBatch, check_batch, layout_of, to_samples, unpacked
 from kunlun_jax.jagged import Jagged
 from kunlun_jax.schema import PADDING_ID
 from tests.kunlun_jax.batches import random_batch, small_schema
@@ -208,3 +208,17 @@ def test_batches_pass_through_jit_and_keep_their_static_part(batch):
     assert doubled.events["view"].max_length == 9
     assert doubled.size == 8
     chex.assert_trees_all_equal(doubled.weight, 2 * batch.weight)
+
+
+@pytest.mark.parametrize("kept", [2, 1])
+def test_a_packed_batch_has_the_same_bits(batch, kept):
+    """On the device too, whose part is its own shards."""
+    packed = PackedBatch.of(batch)
+    chex.assert_shape(packed.words, (2, layout_of(batch).words))
+    chex.assert_type(packed.words, jnp.int32)
+    part = jax.tree.map(lambda x: x[: x.shape[0] // 2 * kept], batch)
+    again = jax.jit(PackedBatch.unpack)(replace(packed, words=packed.words[:kept]))
+    assert jax.tree.structure(again) == jax.tree.structure(batch)
+    chex.assert_trees_all_equal_shapes_and_dtypes(again, part)
+    chex.assert_trees_all_equal(again, part)
+    assert unpacked(batch) is batch
