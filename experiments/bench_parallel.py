@@ -201,7 +201,7 @@ def measure_scaling(options: Measure, save) -> None:
 
 def compiled(learner: Learner, batch: Batch):
     """A learner's step for batches like this one."""
-    return learner.train_step.lower(learner.abstract(), learner.place(batch)).compile()
+    return learner.train_step.lower(learner.abstract_state(), learner.place(batch)).compile()
 
 
 def describe_model(options: Measure, samples: int, learner: Learner, batch: Batch, save) -> None:

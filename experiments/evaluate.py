@@ -33,11 +33,11 @@ def evaluate(run: Path, part: Literal["train", "validation", "test"] = "test", s
     schema, base_rates = samples["train"].schema, samples["train"].base_rates()
     learner = Learner(build(config.model, schema, rngs=nnx.Rngs(0)), schema, config.optimizer, steps=1)
     with Checkpoints(run / CHECKPOINTS, schema=schema) as checkpoints:
-        restored = checkpoints.restore(learner.init(0), step)
+        restored = checkpoints.restore(learner.abstract(), step)
     batches = loader(
         samples[part], batch_size=config.batch_size, shuffle=False, capacity_fractions=config.capacity_fractions
     )
-    results = learner.evaluate(restored.state, batches, base_rates).results()
+    results = learner.evaluate(learner.adopt(restored.state), batches, base_rates).results()
     print(json.dumps({"step": restored.step, "part": part, **results}, indent=1))
     return results
 

@@ -1,7 +1,8 @@
 """What flows from the data to the tables (`Batch`) and from the tables to a model (`EmbeddedBatch`).
 
 Both are keyed by the names of a `FeatureSchema`. R requests hold B samples: the candidates of one request share the
-request's fields and stored sequences, which a model then needs to process once. Without such sharing R = B.
+request's fields and stored sequences, which a model then needs to process once. Without such sharing R = B, and
+sample i is of request i.
 """
 
 import math
@@ -35,7 +36,8 @@ class Batch:
       sparse: per sparse field, int32 row numbers [R or B, max_ids], PADDING_ID where there is no id.
       events: per event type a Jagged whose values are a dict: sparse fields int32 [P, N, max_ids], dense fields
         float32 [P, N], and the TIME_FIELDS float32 [P, N] in seconds. One sequence per request or per candidate.
-      request_index: int32 [P, B/P], each sample's request, counted from the shard's own first request.
+      request_index: int32 [P, B/P], each sample's request, counted from the shard's own first request; 0, 1, … where
+        R = B.
       labels: float32 [B, tasks], 0 or 1.
       label_mask: float32 [B, tasks], 0 where a label is unknown.
       weight: float32 [B], sample weights; 0 for the samples that fill up the last batch.
@@ -133,7 +135,7 @@ def unpacked(batch: Batch | PackedBatch) -> Batch:
 
 def to_samples(values: Float[Array, "R_or_B *rest"], request_index: Int[Array, "P b"], scope: Scope):
     """Values of requests (or already of candidates) as values of samples [B, ...]."""
-    if scope == "candidate":
+    if scope == "candidate" or values.shape[0] == request_index.size:
         return values
     shards = request_index.shape[0]
     local = values.reshape(shards, -1, *values.shape[1:])
@@ -186,6 +188,11 @@ def check_batch(batch: Batch, schema: FeatureSchema, *, whole: bool = True) -> B
         raise ValueError(
             f"request_index: values lie in [{batch.request_index.min()}, {batch.request_index.max()}], "
             f"each shard holds {requests // shards} requests"
+        )
+    if requests == size and (batch.request_index != np.arange(per_shard)).any():
+        raise ValueError(
+            f"request_index: with as many requests as samples ({size}) sample i is of request i, so every row must be "
+            f"0, 1, …; leave out the requests that no sample is of"
         )
     rows_of = {"request": requests, "candidate": size}
     for field in schema.dense:

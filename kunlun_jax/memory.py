@@ -22,7 +22,7 @@ class StepMemory:
 
     Attributes:
       state: parameters, the optimiser's moments and the tables; steps keep them in place.
-      gradients: of dense parameters and of looked-up rows, and flat copies of parameters and gradients.
+      gradients: of dense parameters, as the model has them and raveled, and of looked-up rows.
       batch: two batches, since the next one arrives while a step runs.
       residuals: what the forward pass keeps for the backward pass.
     """
@@ -56,7 +56,7 @@ def step_memory(learner: Learner, batch_size: int, *, fraction: float = 1.0) -> 
     From shapes alone. Residuals are what differentiation keeps and what grows with the batch, without float32 arrays
     that are kept in a narrower type too: XLA computes those again, and some others (`KEPT`).
     """
-    state = learner.abstract()
+    state = learner.abstract_state()
     batch, larger = (abstract_batch(learner.schema, k * batch_size, fraction=fraction) for k in (1, 2))
     kept, rows = _residuals(learner, state, batch)
     growing = [x for x, y in zip(kept, _residuals(learner, state, larger)[0], strict=True) if x.size != y.size]
@@ -79,7 +79,7 @@ def _residuals(learner: Learner, state: TrainState, batch: Batch) -> tuple[list[
             logits = nnx.merge(learner.graphdef, params)(embed(learner.schema, batch, rows, plans))
             return log_loss(logits, batch)
 
-        return jax.vjp(loss_of, params, rows)[1], rows
+        return jax.vjp(loss_of, learner.flat.unravel(params), rows)[1], rows
 
     kept, rows = jax.eval_shape(keep, state.params, state.tables, batch)
     return jax.tree.leaves(kept), rows

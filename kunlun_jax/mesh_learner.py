@@ -89,7 +89,7 @@ class MeshLearner(Learner):
         specs: dict[str, Any] = {
             "step": REPLICATED,
             "healthy": REPLICATED,
-            "params": self._flat_specs() if self.parallel.fully_sharded else param_specs(self._params),
+            "params": self._flat_specs(),
             "optimizer": self._optimizer_specs(),
             "tables": tables.specs,
             "touched": dict.fromkeys(self.tables.touched_sizes(self._most_ids), BATCH),
@@ -138,7 +138,7 @@ class MeshLearner(Learner):
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             healthy=jnp.array(True),
-            params=flat if self.parallel.fully_sharded else params,
+            params=flat,
             optimizer=self.optimizer.init(flat),
             tables={
                 table.name: fresh_table(table, placements[table.name].padded_rows, key=key, **settings)
@@ -154,20 +154,22 @@ class MeshLearner(Learner):
     def place(self, batch: Batch) -> PackedBatch:
         return place_batch(self.mesh, PackedBatch.of(batch))
 
+    def abstract_state(self) -> TrainState:
+        return self._placed(jax.eval_shape(self._fresh, self._params, jax.random.key(0)), self._specs)
+
     def abstract(self) -> TrainState:
-        shapes = jax.eval_shape(self._fresh, self._params, jax.random.key(0))
-        shapes = replace(shapes, params=jax.eval_shape(lambda: self._params), touched={})
-        specs = replace(self._specs, params=param_specs(self._params), touched={})
+        shapes = replace(self.abstract_state(), params=jax.eval_shape(lambda: self._params), touched={})
+        return self._placed(shapes, replace(self._specs, params=param_specs(self._params), touched={}))
+
+    def _placed(self, shapes: TrainState, specs: TrainState) -> TrainState:
         shardings = on_mesh(self.mesh, specs)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
     def portable(self, state: TrainState) -> TrainState:
-        params = self._unravel(state.params) if self.parallel.fully_sharded else state.params
-        return replace(state, params=params, touched={})
+        return replace(super().portable(state), touched={})
 
     def adopt(self, state: TrainState) -> TrainState:
-        params = self._ravel(state.params) if self.parallel.fully_sharded else state.params
-        return replace(state, params=params, touched=self._clear())
+        return replace(super().adopt(state), touched=self._clear())
 
     def in_sync(self, step: int) -> bool:
         return self.parallel.replicas == 1 or step % self.parallel.sync_every == 0 or step == self.steps
@@ -182,18 +184,11 @@ class MeshLearner(Learner):
         out = (REPLICATED, BATCH, self._flat_specs(), REPLICATED, specs.tables, specs.touched)
         return self._over_mesh(self._device_step, (specs, BATCH), out)(state, batch)
 
-    def _as_flat(self, params):
-        return params if self.parallel.fully_sharded else self.flat.ravel(params)
-
-    def _from_flat(self, flat):
-        return flat if self.parallel.fully_sharded else self.flat.unravel(flat)
-
-    def _whole(self, params: PyTree) -> PyTree:
-        if not self.parallel.fully_sharded:
-            return params
-        axes = {group: AXES if group == "shared" else DATA for group in params}
-        gathered = {group: lax.all_gather(x, axes[group], axis=x.ndim - 1, tiled=True) for group, x in params.items()}
-        return self.flat.unravel(gathered)
+    def _tree(self, params: PyTree) -> PyTree:
+        if self.parallel.fully_sharded:
+            axes = {group: AXES if group == "shared" else DATA for group in params}
+            params = {g: lax.all_gather(x, axes[g], axis=x.ndim - 1, tiled=True) for g, x in params.items()}
+        return super()._tree(params)
 
     def _look_up(self, tables, batch: Batch):
         rows, requests = self.tables.look_up(tables, batch)

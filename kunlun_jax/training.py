@@ -37,7 +37,8 @@ class TrainState:
     """Everything that a step changes; what a checkpoint holds.
 
     `healthy` turns False at the first loss or gradient that is not finite, and from then on steps change nothing: the
-    host, which looks one step late, finds the last good state and can ask it what went wrong. `touched` belongs to a
+    host, which looks one step late, finds the last good state and can ask it what went wrong. `params` are raveled by
+    `FlatParameters`, so that the optimiser copies none of them; in a checkpoint they are a tree. `touched` belongs to a
     mesh whose table replicas are not averaged at every step, and is empty otherwise.
     """
 
@@ -119,15 +120,16 @@ class Learner:
         self.train_step = jax.jit(self._train_step, donate_argnums=0)
         self.predict = jax.jit(self._predict)
         self._diagnose = jax.jit(self._find_non_finite)
+        self._ravel, self._unravel = jax.jit(self.flat.ravel), jax.jit(self.flat.unravel)
 
     def init(self, seed: int) -> TrainState:
-        # Copies, since steps donate their state; the model's own stay usable.
-        return self.state_of(jax.tree.map(jnp.copy, self._params), jax.random.key(seed))
+        return self.state_of(self._params, jax.random.key(seed))
 
     def state_of(self, params: PyTree, key: PRNGKeyArray) -> TrainState:
         """The state before the first step with these dense parameters and tables drawn from `key`; traceable."""
-        optimizer = self.optimizer.init(self.flat.ravel(params))
-        return TrainState(jnp.zeros((), jnp.int32), jnp.array(True), params, optimizer, self._init_tables(key))
+        flat = self._ravel(params)
+        optimizer = self.optimizer.init(flat)
+        return TrainState(jnp.zeros((), jnp.int32), jnp.array(True), flat, optimizer, self._init_tables(key))
 
     def _init_tables(self, key: PRNGKeyArray) -> dict[str, TableState]:
         return init_tables(
@@ -137,30 +139,35 @@ class Learner:
             initial_accumulator=self.config.table_initial_accumulator,
         )
 
-    # What a mesh does differently. On one device a checkpoint holds the state as it is.
+    # What a mesh does differently.
 
     def place(self, batch: Batch) -> PackedBatch:
         """A host batch where the steps expect it."""
         return jax.device_put(PackedBatch.of(batch))
 
-    def abstract(self) -> TrainState:
-        """Shapes, and places, of what `portable` returns: the target to restore a checkpoint to."""
+    def abstract_state(self) -> TrainState:
+        """Shapes, and places, of the state that steps take."""
         return jax.eval_shape(self.state_of, self._params, jax.random.key(0))
 
+    def abstract(self) -> TrainState:
+        """Shapes, and places, of what `portable` returns: the target to restore a checkpoint to."""
+        return replace(self.abstract_state(), params=jax.eval_shape(lambda: self._params))
+
     def portable(self, state: TrainState) -> TrainState:
-        """The state as every mesh understands it; a checkpoint holds this."""
-        return state
+        """The state as every mesh understands it, parameters as a tree; a checkpoint holds this."""
+        return replace(state, params=self._unravel(state.params))
 
     def adopt(self, state: TrainState) -> TrainState:
         """The inverse of `portable`, on this learner's devices."""
-        return state
+        return replace(state, params=self._ravel(state.params))
 
     def in_sync(self, step: int) -> bool:
         """Whether all table replicas agree after `step`, so that a checkpoint may be written."""
         return True
 
-    def _whole(self, params: PyTree) -> PyTree:
-        return params
+    def _tree(self, params: PyTree) -> PyTree:
+        """Raveled parameters as the model has them; on a mesh, for a device's own experts."""
+        return self.flat.unravel(params)
 
     def _look_up(self, tables, batch: Batch):
         rows, plans = look_up(self.schema, tables, batch)
@@ -197,7 +204,7 @@ class Learner:
     def _predict(self, params, tables, batch: Batch | PackedBatch) -> Float[Array, "B tasks"]:
         batch = unpacked(batch)
         rows, plans, _ = self._look_up(tables, batch)
-        return nnx.merge(self.graphdef, self._whole(params))(embed(self.schema, batch, rows, plans))
+        return nnx.merge(self.graphdef, self._tree(params))(embed(self.schema, batch, rows, plans))
 
     def _gradients(self, state: TrainState, batch: Batch) -> Gradients:
         with jax.named_scope("tables"):
@@ -213,7 +220,7 @@ class Learner:
             return log_loss(logits, batch, total), logits
 
         differentiate = jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
-        (loss, logits), (grads, row_grads) = differentiate(self._whole(state.params), rows)
+        (loss, logits), (grads, row_grads) = differentiate(self._tree(state.params), rows)
         return Gradients(loss, logits, self.flat.ravel(grads), row_grads, rows, requests)
 
     def _device_step(self, state: TrainState, batch: Batch | PackedBatch):
@@ -226,15 +233,13 @@ class Learner:
 
     def _train_step(self, state: TrainState, batch: Batch | PackedBatch) -> tuple[TrainState, StepReport]:
         loss, logits, grads, healthy, tables, touched = self._run(state, batch)
-        # Between the barriers the optimiser is one pass over its operands, in place. Without them XLA repeats it for
-        # every parameter that is cut from the flat ones, and copies the moments, since those readers need the old ones.
+        # Between the barriers the optimiser is one pass over its operands, in place, behind all who read the old ones.
         with jax.named_scope("optimizer"):
-            params, grads = lax.optimization_barrier((self._as_flat(state.params), grads))
+            params, grads = lax.optimization_barrier((state.params, grads))
             updates, optimizer = self.optimizer.update(grads, state.optimizer, params)
             keep = partial(jax.tree.map, lambda new, old: jnp.where(healthy, new, old))
             kept = keep((optax.apply_updates(params, updates), optimizer), (params, state.optimizer))
             params, optimizer = lax.optimization_barrier(kept)
-            params = self._from_flat(params)
         new = TrainState(
             step=state.step + healthy,
             healthy=healthy,
@@ -245,12 +250,6 @@ class Learner:
         )
         return new, StepReport(loss, logits, healthy)
 
-    def _as_flat(self, params):
-        return self.flat.ravel(params)
-
-    def _from_flat(self, flat):
-        return self.flat.unravel(flat)
-
     def _find_non_finite(self, state: TrainState, batch: Batch | PackedBatch):
         """The loss, and whether a tensor of the step is bad; groups in the order in which a step computes them."""
         batch = unpacked(batch)
@@ -258,7 +257,7 @@ class Learner:
         groups = (
             {"dense": batch.dense, **{name: events.values for name, events in batch.events.items()}},
             gradients.rows,
-            self._whole(state.params),
+            self._tree(state.params),
             gradients.logits,
             gradients.loss,
             self.flat.unravel(gradients.flat),

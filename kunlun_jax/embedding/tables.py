@@ -143,9 +143,41 @@ def _read_together(
     """Fields of one id each. One reading for all: its gradient is then one array of the table's size, not one each."""
     names = [name for name in places if name in single]
     flat = jnp.concatenate([places[name].reshape(-1) for name in names])
-    read = rows.at[flat].get(mode="fill", fill_value=0)
+    read = _read(rows, flat)
     parts = jnp.split(read, np.cumsum([places[name].size for name in names])[:-1])
     return {name: x.reshape(*places[name].shape[:-1], -1) for name, x in zip(names, parts, strict=True)}
+
+
+# A table of at most so many rows gets its gradient from a product with one-hot ids: millions of ids that add to ten
+# rows wait for each other, 5.2 of 227 ms in a step of 2048 samples on an H100.
+FEW_ROWS = 64
+CHUNK = 4096  # ids per product, so that enough of them run side by side
+
+
+@jax.custom_vjp
+def _read(rows: Float[Array, "n width"], places: Int[Array, "k"]) -> Float[Array, "k width"]:
+    """The rows at `places`; 0 beyond them."""
+    return rows.at[places].get(mode="fill", fill_value=0)
+
+
+def _read_forward(rows, places):
+    return _read(rows, places), (rows, places)
+
+
+def _read_backward(saved, gradient):
+    rows, places = saved
+    n, width = rows.shape
+    if n > FEW_ROWS:
+        return jnp.zeros_like(rows).at[places].add(gradient, mode="drop"), None
+    chunks = -(-places.size // CHUNK)
+    more = (0, chunks * CHUNK - places.size)
+    places = jnp.pad(places, more, constant_values=n).reshape(chunks, CHUNK)
+    gradient = jnp.pad(gradient, (more, (0, 0))).reshape(chunks, CHUNK, width)
+    one_hot = jax.nn.one_hot(places, n, dtype=gradient.dtype)
+    return jnp.sum(jnp.einsum("ckn,ckw->cnw", one_hot, gradient), axis=0), None
+
+
+_read.defvjp(_read_forward, _read_backward)
 
 
 def _mean_rows(rows: Float[Array, "n width"], places: Int[Array, "*rest k"]) -> Float[Array, "*rest width"]:

@@ -56,6 +56,13 @@ BROKEN = {
         lambda b: replace(b, request_index=changed(b.request_index, -1)),
         r"request_index: values lie in \[-1, 1\]",
     ),
+    "request_index_not_own": (
+        lambda b: replace(
+            random_batch(SCHEMA, np.random.default_rng(), samples=8, shards=2),
+            request_index=np.array([[0, 1, 2, 2]] * 2, np.int32),
+        ),
+        r"request_index: with as many requests as samples \(8\) sample i is of request i",
+    ),
     "requests_not_divisible": (
         lambda b: replace(b, dense={**b.dense, "age": np.zeros(5, np.float32)}),
         r"request_index: 5 requests don't divide over its 2 batch shards",

@@ -24,7 +24,7 @@ def learner():
 
 def test_estimate_is_near_what_the_program_takes(learner):
     """Within a factor of two on the CPU, whose compiler fuses less than a GPU's."""
-    step = learner.train_step.lower(learner.abstract(), abstract_batch(learner.schema, BATCH))
+    step = learner.train_step.lower(learner.abstract_state(), abstract_batch(learner.schema, BATCH))
     analysis = step.compile().memory_analysis()
     estimate = step_memory(learner, BATCH)
     batch = estimate.batch // 2
@@ -34,7 +34,7 @@ def test_estimate_is_near_what_the_program_takes(learner):
 
 
 def test_state_is_counted_to_the_byte(learner):
-    state = learner.abstract()
+    state = learner.abstract_state()
     assert step_memory(learner, 8).state == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert state.params
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(state))

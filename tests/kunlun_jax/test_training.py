@@ -67,25 +67,26 @@ def test_log_loss_weighs_samples_and_leaves_unknown_labels_out(batch):
 
 def test_a_step_is_adamw_on_parameters_and_row_wise_adagrad_on_rows(learner, schema, batch):
     state = learner.init(0)
+    params = learner.portable(state).params
     rows, plans = look_up(schema, state.tables, batch)
 
     def loss(params, rows):
         return log_loss(nnx.merge(learner.graphdef, params)(embed(schema, batch, rows, plans)), batch)
 
-    grads, row_grads = jax.grad(loss, argnums=(0, 1))(state.params, rows)
+    grads, row_grads = jax.grad(loss, argnums=(0, 1))(params, rows)
     adamw = optax.chain(
         optax.clip_by_global_norm(CONFIG.clip_norm),
         optax.adamw(
             schedule(CONFIG, CONFIG.learning_rate, STEPS), b1=CONFIG.beta1, b2=CONFIG.beta2,
-            weight_decay=CONFIG.weight_decay, mask=jax.tree.map(lambda p: p.ndim >= 2, state.params),
+            weight_decay=CONFIG.weight_decay, mask=jax.tree.map(lambda p: p.ndim >= 2, params),
         ),
     )  # fmt: skip
-    updates, _ = adamw.update(grads, adamw.init(state.params), state.params)
-    expected = optax.apply_updates(state.params, updates)
+    updates, _ = adamw.update(grads, adamw.init(params), params)
+    expected = optax.apply_updates(params, updates)
     rate = schedule(CONFIG, CONFIG.table_learning_rate, STEPS)(0)
     tables = update(state.tables, plans, row_grads, learning_rate=rate, epsilon=CONFIG.table_epsilon)
     new, report = learner.train_step(state, batch)
-    chex.assert_trees_all_close(new.params, expected, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(learner.portable(new).params, expected, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(new.tables, tables, rtol=1e-5, atol=1e-6)
     assert int(new.step) == 1
     assert bool(report.healthy)
@@ -144,9 +145,10 @@ def test_a_bad_number_stops_the_run_and_is_named(learner, schema, batch, poison)
         batch = dataclasses.replace(batch, dense={**batch.dense, "price": np.full(6, np.nan, np.float32)})
         name = "input dense.price"
     elif poison == "parameter":
-        state.params["head"]["kernel"] = state.params["head"]["kernel"].replace(
-            state.params["head"]["kernel"][...].at[3, 1].set(jnp.inf)
-        )
+        state = learner.portable(state)
+        kernel = state.params["head"]["kernel"]
+        state.params["head"]["kernel"] = kernel.replace(kernel[...].at[3, 1].set(jnp.inf))
+        state = learner.adopt(state)
         name = "parameter head.kernel"
     else:
         table = state.tables["item"]
