@@ -173,7 +173,7 @@ def _dkv(
             return *held_counts, lax.fori_loop(0, group, load_head, count)
 
         *held_counts, count = over_tiles(load_item, (zero,) * (WARPGROUPS + 1))
-        gaps = common.GapFiller(work.kv_gaps, lambda i: work.kv_gap(tables, i), sm, sms)
+        gaps = common.GapFiller(work.kv_gaps(tables), sm, sms)
         for w, n in enumerate(held_counts):
             common.drain(n, FIXED_SLOTS, lambda slot, w=w: held_empty.at[slot * WARPGROUPS + w])
         common.drain(count, slots, lambda slot: empty.at[slot])

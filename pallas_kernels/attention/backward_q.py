@@ -205,7 +205,7 @@ def _dq(
             return over_tiles(load_item, counters)
 
         *held_counts, count = lax.fori_loop(0, tasks, load_task, (zero,) * (WARPGROUPS + 1))
-        gaps = None if shared else common.GapFiller(work.gaps, lambda i: work.gap(tables, i), sm, sms)
+        gaps = None if shared else common.GapFiller(work.gaps(tables), sm, sms)
         for w, n in enumerate(held_counts):
             common.drain(n, FIXED_SLOTS, lambda slot, w=w: held_empty.at[slot * WARPGROUPS + w])
         common.drain(count, slots, lambda slot: empty.at[slot])

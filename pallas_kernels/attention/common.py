@@ -61,20 +61,35 @@ def mask(x, fill: float, first, other, others, before: int | None, after: int | 
 
     Columns from `others` on are outside the sample.
     """
-    columns = plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=plgpu.Layout.WGMMA)
-    rows = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=plgpu.Layout.WGMMA)
-    seen = columns < others - other - column
-    if before is not None:
-        seen &= columns >= rows + (first - before - other - column)
-    if after is not None:
-        seen &= columns <= rows + (first + after - other - column)
-    return jnp.where(seen, x, fill)
+    span = first, other + column, others
+    x = _ends(x, fill, *span, after)
+    return x if before is None else _begins(x, fill, *span[:2], before)
 
 
 def masked(x, fill: float, first, other, others, before: int | None, after: int | None):
-    """`mask` of a whole tile; tiles that need none branch around it."""
-    span = first, other, others, before, after
-    return lax.cond(inside(*span), lambda x: x, lambda x: mask(x, fill, *span), x)
+    """`mask` of a whole tile; branches around each of the two comparisons where no element needs it."""
+    if before is not None:
+        begins = other < first - before + (BLOCK - 1)
+        x = lax.cond(begins, lambda x: _begins(x, fill, first, other, before), lambda x: x, x)
+    ends = others - other < BLOCK
+    if after is not None:
+        ends |= other > first + after - (BLOCK - 1)
+    return lax.cond(ends, lambda x: _ends(x, fill, first, other, others, after), lambda x: x, x)
+
+
+def _iota(x, axis: int):
+    return plgpu.broadcasted_iota(jnp.int32, x.shape, axis, layout=plgpu.Layout.WGMMA)
+
+
+def _begins(x, fill: float, first, other, before: int):
+    return jnp.where(_iota(x, 1) >= _iota(x, 0) + (first - before - other), x, fill)
+
+
+def _ends(x, fill: float, first, other, others, after: int | None):
+    end = others - other
+    if after is not None:
+        end = jnp.minimum(_iota(x, 0) + (first + after + 1 - other), end)  # one comparison per element
+    return jnp.where(_iota(x, 1) < end, x, fill)
 
 
 SLICE = 8  # columns of an accumulator that lie in the same registers of all threads
@@ -168,7 +183,7 @@ def registers(warpgroups: int, rotates: bool, panels: int) -> tuple[int, int]:
     """
     if rotates:
         return (224, 56) if panels > 2 else (208, 88)
-    return {2: (240, 24), 3: (160, 32), 4: (112, 32)}[warpgroups]
+    return {2: (232, 40), 3: (152, 56), 4: (112, 32)}[warpgroups]
 
 
 def tables_and_angles(work, refs) -> tuple[Any, Any]:
@@ -226,12 +241,10 @@ class GapFiller:
     is free: where there are no gaps this costs nothing at the end.
     """
 
-    def __init__(self, gaps: int, read_gap, worker, workers: int):
-        self.gaps, self.read, self.worker, self.workers = gaps, read_gap, worker, workers
-        mine = turns(gaps - 1, worker, workers)
-        rows = lax.fori_loop(0, mine, lambda t, n: n + read_gap(t * workers + worker)[1], jnp.int32(0))
-        self.mine, self.last = mine, read_gap(jnp.int32(gaps - 1))
-        self.any = rows + self.last[1] > 0
+    def __init__(self, gaps, worker, workers: int):
+        """gaps: see `tables.SpanGaps`."""
+        self.gaps, self.worker, self.workers = gaps, worker, workers
+        self.any = gaps.exist()
 
     def fill(self, tile, tile_tma, *targets):
         """tile, tile_tma: both views of [BLOCK, 64] in shared memory; targets [N, H, D]."""
@@ -252,11 +265,11 @@ class GapFiller:
                     lax.fori_loop(0, target.shape[1], one_head, None)
 
             def gap(turn, _):
-                row, rows = self.read(turn * self.workers + self.worker)
+                row, rows = self.gaps.read(turn * self.workers + self.worker)
                 lax.fori_loop(0, blocks_of(rows), lambda i, _: store(row + i * BLOCK, rows - i * BLOCK), None)
 
-            lax.fori_loop(0, self.mine, gap, None)
-            row, rows = self.last
+            lax.fori_loop(0, turns(self.gaps.count - 1, self.worker, self.workers), gap, None)
+            row, rows = self.gaps.read(jnp.int32(self.gaps.count - 1))
 
             def last(turn, _):
                 at = (turn * self.workers + self.worker) * BLOCK

@@ -174,7 +174,7 @@ def _kernel(
             return *q_counts, kv_count + end - begin
 
         *q_counts, kv_count = over_tiles(load_item, (zero,) * (warpgroups + 1))
-        gaps = common.GapFiller(work.gaps, lambda i: work.gap(tables, i), sm, sms)
+        gaps = common.GapFiller(work.gaps(tables), sm, sms)
         for w, n in enumerate(q_counts):
             common.drain(n, q_slots, lambda slot, w=w: q_empty.at[slot * warpgroups + w])
         common.drain(kv_count, kv_slots, lambda slot: k_empty.at[slot], lambda slot: v_empty.at[slot])

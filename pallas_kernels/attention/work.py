@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.attention import tables
-from pallas_kernels.attention.tables import BLOCK, DealtWalk, RangeWalk
+from pallas_kernels.attention.tables import BLOCK, DealtWalk, EmptySamples, SpanGaps, TileWalk
 
 
 class Item(NamedTuple):
@@ -45,9 +45,14 @@ class Window:
     samples: int
     left: int | None
     right: int | None
+    runs: bool  # see `TileWalk`
 
-    tables = tables.Ranges
+    tables = tables.Spans
     splits = 0  # every query row belongs to one sample
+
+    @property
+    def reach(self) -> int:
+        return tables.window_reach(self.left, self.right)
 
     @property
     def out_rows(self) -> int:
@@ -57,15 +62,11 @@ class Window:
     def statistics_rows(self) -> int:
         return tables.statistics_rows(self.rows, self.samples)
 
-    @property
-    def gaps(self) -> int:
-        return self.samples + 1
+    def gaps(self, refs) -> SpanGaps:
+        return SpanGaps(refs, self.rows)
 
-    def gap(self, refs, index):
-        return tables.read_gap(refs, index, self.rows)
-
-    def walk(self, refs, sm, *, heads: int, sms: int, warpgroups: int) -> RangeWalk:
-        return RangeWalk(refs, sm, heads=heads, sms=sms, blocks=warpgroups)
+    def walk(self, refs, sm, *, heads: int, sms: int, warpgroups: int) -> TileWalk:
+        return TileWalk(refs, sm, heads=heads, sms=sms, blocks=warpgroups, reach=self.reach, runs=self.runs)
 
     def item(self, place, warpgroups: int) -> Item:
         offset = place.block * BLOCK
@@ -73,7 +74,7 @@ class Window:
         rows = jnp.minimum(place.length - offset, place.blocks * BLOCK)
         return Item(row, row, rows, place.start, place.length, offset, (place.before + place.block) * BLOCK)
 
-    kv_gaps, kv_gap, kv_walk = gaps, gap, walk
+    kv_gaps, kv_walk = gaps, walk
 
     def kv_item(self, place) -> KvItem:
         item = self.item(place, 0)
@@ -109,14 +110,8 @@ class SeedQueries:
     def statistics_rows(self) -> int:
         return self.samples * self.padded
 
-    @property
-    def gaps(self) -> int:
-        return self.samples + 1
-
-    def gap(self, refs, index):
-        """Empty samples; nothing lies behind the last one."""
-        empty = refs.lengths[jnp.minimum(index, self.samples - 1)] == 0
-        return index * self.seeds, jnp.where((index < self.samples) & empty, self.seeds, 0)
+    def gaps(self, refs) -> EmptySamples:
+        return EmptySamples(refs, self.seeds)
 
     def walk(self, refs, sm, *, heads: int, sms: int, warpgroups: int) -> DealtWalk:
         return DealtWalk(refs, sm, heads=heads, tiles=self.tiles(warpgroups), workers=sms)
@@ -140,9 +135,10 @@ class SeedKeys:
     samples: int
     rows: int
 
-    tables = tables.Ranges
-    left = right = None
-    kv_gaps, kv_gap, kv_walk = Window.gaps, Window.gap, Window.walk
+    tables = tables.Spans
+    left = right = reach = None
+    runs = False
+    kv_gaps, kv_walk = Window.gaps, Window.walk
 
     def kv_item(self, place) -> KvItem:
         offset = place.block * BLOCK

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import lax
 
 from pallas_kernels import hopper, seed_attention, sliding_window_attention
 from pallas_kernels.attention import rotary
@@ -19,7 +20,17 @@ from pallas_kernels.attention.backward_kv import dkv_scratch
 from pallas_kernels.attention.backward_q import dq_scratch
 from pallas_kernels.attention.common import blocks_seen, inside, registers
 from pallas_kernels.attention.forward import forward_scratch
-from pallas_kernels.attention.tables import BLOCK, DealtWalk, RangeWalk, longest_first, ranges, read_gap, window_reach
+from pallas_kernels.attention.tables import (
+    BLOCK,
+    DealtWalk,
+    EmptySamples,
+    Place,
+    SpanGaps,
+    Spans,
+    TileWalk,
+    longest_first,
+    window_reach,
+)
 from pallas_kernels.attention.work import SeedQueries
 from pallas_kernels.seed_attention import mosaic as seed_mosaic
 from pallas_kernels.seed_attention import reference as seed_reference
@@ -35,11 +46,6 @@ def _patched_interpreter():
 # --- tables and walks
 
 
-def shares_of(starts, lengths, **static):
-    """`ranges` as one program: alone, each of its operations would be compiled by itself."""
-    return jax.jit(functools.partial(ranges, **static))(starts, lengths)
-
-
 def draw_spans(rng, samples, longest):
     """Spans in any order with gaps; many are empty."""
     lengths = rng.integers(0, longest + 1, samples) * rng.integers(0, 2, samples)
@@ -49,6 +55,18 @@ def draw_spans(rng, samples, longest):
     return *(jnp.asarray(x[order], jnp.int32) for x in (starts, lengths)), rows
 
 
+def gaps_of(starts, lengths, rows):
+    """[(row, rows)], are the samples in order, are there any gaps."""
+
+    @jax.jit
+    def read(starts, lengths):
+        gaps = SpanGaps(Spans(starts, lengths), rows)
+        return lax.map(gaps.read, jnp.arange(gaps.count)), gaps.ordered, gaps.exist()
+
+    gaps, ordered, exist = read(starts, lengths)
+    return list(zip(*(x.tolist() for x in gaps), strict=True)), bool(ordered), bool(exist)
+
+
 def places(walk):
     at = walk.first()
     while bool(walk.more(at)):
@@ -56,52 +74,95 @@ def places(walk):
         at = walk.next(at)
 
 
-@pytest.mark.parametrize(("heads", "sms", "pairwise"), [(2, 3, True), (3, 6, False), (4, 2, True)])
-def test_every_row_of_every_head_is_walked_through_once(heads, sms, pairwise, monkeypatch):
-    if not pairwise:
-        monkeypatch.setattr(tables_module, "PAIRWISE", 0)
-    starts, lengths, rows = draw_spans(np.random.default_rng(heads), 9, 400)
-    shares = shares_of(starts, lengths, rows=rows, heads=heads, reach=3, sms=sms)
-    written = np.zeros((rows, heads), int)
+def tiles_of(spans, *, sms, **static):
+    """The places of each block of the grid, [n, fields], as one program."""
+
+    @jax.jit
+    def run(sm):
+        walk = TileWalk(spans, sm, sms=sms, **static)
+
+        def step(state):
+            at, n, found = state
+            return walk.next(at), n + 1, found.at[n].set(jnp.stack([jnp.asarray(x) for x in walk.read(at)]))
+
+        state = walk.first(), jnp.int32(0), jnp.zeros((500, 7), jnp.int32)
+        return lax.while_loop(lambda state: walk.more(state[0]), step, state)[1:]
+
     for sm in range(sms):
-        for place in places(RangeWalk(shares, jnp.int32(sm), heads=heads, sms=sms, blocks=3)):
+        n, found = run(jnp.int32(sm))
+        assert n < len(found)
+        yield [Place(*map(int, x)) for x in found[:n]]
+
+
+@pytest.mark.parametrize(
+    ("heads", "sms", "runs", "reach"),
+    [(2, 6, True, 3), (4, 12, False, 5), (3, 6, True, 3), (1, 7, True, None), (8, 12, True, 5)],
+)
+def test_every_row_of_every_head_is_walked_through_once(heads, sms, runs, reach):
+    starts, lengths, rows = draw_spans(np.random.default_rng(heads), 20, 400)
+    written = np.zeros((rows, heads), int)
+    before = np.append(0, np.cumsum(-(-np.asarray(lengths) // BLOCK)))
+    for mine in tiles_of(Spans(starts, lengths), heads=heads, sms=sms, blocks=3, reach=reach, runs=runs):
+        for place in mine:
             assert (place.start, place.length) == (int(starts[place.sample]), int(lengths[place.sample]))
+            assert place.before == before[place.sample]
             assert 1 <= place.blocks <= 3
             first = place.block * BLOCK
             end = min(place.length, first + place.blocks * BLOCK)
             written[place.start + first : place.start + end, place.head] += 1
-    for gap in range(starts.size + 1):
-        row, count = map(int, read_gap(shares, gap, rows))
+    for row, count in gaps_of(starts, lengths, rows)[0]:
         written[row : row + count] += 1
     assert (written == 1).all()
+    assert before[-1] * BLOCK <= tables_module.statistics_rows(rows, starts.size)
 
 
-def test_shares_have_near_equal_cost():
+def test_runs_have_near_equal_cost():
     rng = np.random.default_rng(0)
-    lengths = jnp.asarray(rng.integers(1, 1025, 200), jnp.int32)
-    starts, sms, reach = jnp.cumsum(lengths) - lengths, 33, window_reach(100, 100)
-    shares = shares_of(starts, lengths, rows=int(lengths.sum()), heads=1, reach=reach, sms=sms)
-    blocks = -(-np.asarray(lengths) // BLOCK)
-    cost = np.repeat(np.minimum(blocks, reach) + 2, blocks)
-    first = np.append(np.asarray(shares.first[2]), blocks.sum())
-    sums = np.add.reduceat(cost, first[:-1])
-    assert sums.max() <= 1.02 * sums.mean()
+    lengths = rng.integers(1, 1025, 200)
+    starts, reach = np.cumsum(lengths) - lengths, window_reach(100, 100)
+    spans = Spans(*(jnp.asarray(x, jnp.int32) for x in (starts, lengths)))
+    sums = []
+    for mine in tiles_of(spans, heads=1, sms=33, blocks=3, reach=reach, runs=True):
+        sums.append(sum(p.blocks * (min(-(-p.length // BLOCK), reach) + 2) for p in mine))
+    assert max(sums) <= 1.02 * np.mean(sums)
 
 
-def test_statistics_of_samples_do_not_overlap():
-    starts, lengths, rows = draw_spans(np.random.default_rng(1), 40, 200)
-    shares = shares_of(starts, lengths, rows=rows, heads=1, reach=3, sms=4)
-    before = np.asarray(shares.before)
-    assert (np.diff(before) == -(-np.asarray(lengths) // BLOCK)).all()
-    assert before[-1] * BLOCK <= tables_module.statistics_rows(rows, 40)
+def test_members_of_a_team_get_small_tiles_by_turns():
+    """Samples of 16 BLOCKs are cut into six tiles, the last two smaller; without changing places: 36, 36 and 24."""
+    lengths = jnp.full(64, 1024, jnp.int32)
+    spans = Spans(jnp.arange(64, dtype=jnp.int32) * 1024, lengths)
+    sums = [sum(p.blocks for p in x) for x in tiles_of(spans, heads=1, sms=33, blocks=3, reach=5, runs=False)]
+    assert max(sums) <= np.mean(sums) + 3
 
 
 def test_no_samples_have_rows():
     zero = jnp.zeros(3, jnp.int32)
-    shares = shares_of(zero, zero, rows=50, heads=2, reach=3, sms=4)
-    for sm in range(4):
-        assert not list(places(RangeWalk(shares, jnp.int32(sm), heads=2, sms=4, blocks=2)))
-    assert [int(read_gap(shares, i, 50)[1]) for i in range(4)] == [0, 0, 0, 50]
+    spans = Spans(zero, zero)
+    for runs in (True, False):
+        assert not any(tiles_of(spans, heads=2, sms=4, blocks=2, reach=3, runs=runs))
+    assert [count for _, count in gaps_of(zero, zero, 50)[0]] == [0, 0, 0, 50]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_gaps_are_what_the_samples_leave(ordered):
+    starts, lengths, rows = draw_spans(np.random.default_rng(1), 40, 9)
+    if ordered:
+        order = np.argsort(starts)
+        starts, lengths = starts[order], lengths[order]
+    used = np.zeros(rows, bool)
+    for start, length in zip(starts, lengths, strict=True):
+        used[start : start + length] = True
+    gaps, in_order, exist = gaps_of(starts, lengths, rows)
+    assert (in_order, exist) == (ordered, True)
+    for row, count in gaps:
+        assert not used[row : row + count].any()
+        used[row : row + count] = True
+    assert used.all()
+
+
+def test_samples_without_gaps():
+    starts, lengths = jnp.array([5, 0, 0], jnp.int32), jnp.array([4, 5, 0], jnp.int32)
+    assert gaps_of(starts, lengths, 9)[1:] == (False, False)
 
 
 def test_samples_are_dealt_longest_first_and_once():
@@ -118,8 +179,10 @@ def test_samples_are_dealt_longest_first_and_once():
 
 def test_empty_samples_are_the_gaps_of_the_pooled_rows():
     samples = longest_first(jnp.zeros(3, jnp.int32), jnp.array([4, 0, 2], jnp.int32))
-    work = SeedQueries(seeds=100, samples=3)
-    assert [tuple(map(int, work.gap(samples, i))) for i in range(4)] == [(0, 0), (100, 100), (200, 0), (300, 0)]
+    gaps = SeedQueries(seeds=100, samples=3).gaps(samples)
+    assert isinstance(gaps, EmptySamples)
+    assert gaps.exist()
+    assert [tuple(map(int, gaps.read(i))) for i in range(4)] == [(0, 0), (100, 100), (200, 0), (300, 0)]
 
 
 @settings(max_examples=200, deadline=None)
