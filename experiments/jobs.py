@@ -28,6 +28,7 @@ from kunlun_jax.run import usable_cores, write_json
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share the device
 PARTS = ("validation", "test")
+LAST = 20  # batches of the training part whose NE after training tells overfitting from learning too little
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Grid:
                 raise ValueError(f"{field.name}: give at least one")
         if len(self.seeds) < 2 or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds: a spread needs at least two different ones, got {self.seeds}")
+
+
+def chosen(entry: dict[str, Any]) -> str:
+    """A tried setting in words."""
+    return f"rate {entry['learning_rate']:g}, dropout {entry['dropout']:g}, {entry['epochs']} epochs"
 
 
 @dataclass(frozen=True)
@@ -220,6 +226,7 @@ class Trainer:
         fractions = grid.capacity_fractions if grid else config.capacity_fractions
         parts = ("train", *PARTS) if learn else ("train",)
         batches = {part: cut(self.samples[part], config.batch_size, fractions) for part in parts}
+        batches["trained"] = batches["train"][-LAST:]
         self.settings = list(itertools.product(grid.learning_rates, grid.dropouts)) if grid else []
         size = max(1, len(self.settings) * len(grid.seeds)) if grid else 1
         self.population = Population(config.model, self.samples, config.optimizer, batches, size=size)
@@ -263,8 +270,10 @@ class Trainer:
             validation = self.population.evaluate(state, "validation")
             for i, (rate, dropout) in enumerate(self.settings):
                 own = slice(i * len(grid.seeds), (i + 1) * len(grid.seeds))
-                ne = statistics.mean(metrics[f"{task}/ne"] for metrics in validation[own])
+                by_seed = [metrics[f"{task}/ne"] for metrics in validation[own]]
+                ne = statistics.mean(by_seed)
                 entry = {"learning_rate": rate, "dropout": dropout, "epochs": epochs, "validation_ne": ne}
+                entry["validation_ne_by_seed"] = by_seed
                 tried.append(entry)
                 if best is None or ne < best[0]["validation_ne"]:
                     best = entry, own, state, losses[own], validation[own]
@@ -273,16 +282,19 @@ class Trainer:
             )
         entry, own, state, losses, validation = best
         test = self.population.evaluate(state, "test", own)
-        self.say(f"best {entry}; test NE " + ", ".join(f"{metrics[f'{task}/ne']:.4f}" for metrics in test))
+        trained = [metrics[f"{task}/ne"] for metrics in self.population.evaluate(state, "trained", own)]
+        self.say(f"best: {chosen(entry)}; test NE " + ", ".join(f"{metrics[f'{task}/ne']:.4f}" for metrics in test))
         window = max(1, losses.shape[1] // 40)
         whole = losses[:, : losses.shape[1] // window * window].reshape(len(losses), -1, window).mean(axis=2)
         curves = whole / entropy(self.samples["train"].base_rates()[task])
-        runs = zip(grid.seeds, validation, test, curves.tolist(), strict=True)
+        runs = zip(grid.seeds, validation, test, trained, curves.tolist(), strict=True)
         return {
             "task": task,
             "tried": tried,
             "best": entry,
-            "runs": [{"seed": s, "validation": v, "test": t, "progressive_ne": c} for s, v, t, c in runs],
+            "runs": [
+                {"seed": s, "validation": v, "test": t, "trained_ne": n, "progressive_ne": c} for s, v, t, n, c in runs
+            ],
             "window": window * self.job.config.batch_size,
             "train_seconds": round(time.time() - started, 1),
         }

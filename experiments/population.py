@@ -28,6 +28,12 @@ from kunlun_jax.models import build
 from kunlun_jax.optimizer import OptimizerConfig, schedule
 from kunlun_jax.training import groups_of, log_loss
 
+# Else a single member's products take their weights where they lie in the flat parameters, at any multiple of four
+# bytes, and on an H100 cuBLAS failed; members side by side have copies.
+OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": False}
+# The first state is drawn once, on the CPU; compiling it took three times as long with XLA's usual effort.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 
 class Trial(NamedTuple):
     """One member's settings: peak learning rate of the dense parameters, rate of dropped embedding fields, seed."""
@@ -84,7 +90,7 @@ class Population:
         _, self._unravel = ravel_pytree(zeros)
         self._decayed = ravel_pytree(jax.tree.map(lambda x: jnp.full(x.shape, float(len(x.shape) >= 2)), zeros))[0]
         self.parameters = self._decayed.size
-        self._init = jax.jit(jax.vmap(self._init_member))
+        self._init = jax.jit(jax.vmap(self._init_member), compiler_options=QUICK)
         self._threads = jax.default_backend() == "cpu" if threads is None else threads
         self._per_program = 1 if self._threads else size
         self._programs, self.compile_seconds = {}, 0.0
@@ -215,7 +221,7 @@ class Population:
         controls = Controls(np.float32(1e-3), np.float32(self.optimizer.table_learning_rate), None)
         state = jax.tree.map(lambda x: x[0], self._start([0]))
         program = jax.jit(self._step, donate_argnums=0)
-        program = program.lower(state, self._decayed, batches[0], np.int32(0), controls).compile()
+        program = program.lower(state, self._decayed, batches[0], np.int32(0), controls).compile(OPTIONS)
 
         def measure(seconds: float = 1.0) -> float:
             def steps(state, first, count):

@@ -173,6 +173,8 @@ def test_jobs_tune_repeat_measure_and_survive_a_failure(tmp_path):
     assert done["best"]["learning_rate"] == 1e-2
     assert done["best"]["validation_ne"] == min(t["validation_ne"] for t in done["tried"])
     assert done["best"]["validation_ne"] == pytest.approx(np.mean([r["validation"]["click/ne"] for r in done["runs"]]))
+    assert [np.mean(t["validation_ne_by_seed"]) for t in done["tried"]] == [t["validation_ne"] for t in done["tried"]]
+    assert all(run["trained_ne"] < run["progressive_ne"][0] for run in done["runs"])
     assert done["samples_per_second"] > 0
     assert json.loads(so_far.read_text())["results"] == json.loads(json.dumps(results))
     compare.write("synthetic", results, {"dcnv2": config}, tmp_path, "compare")
