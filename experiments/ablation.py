@@ -156,7 +156,8 @@ def table(entries: list[dict[str, Any]]) -> str:
     for e in entries:
         ne = e.get("test_ne")
         cells = [_signed(e, "FLOPs", 1), e["paper"].get("FLOPs", "")]
-        cells += [f"{e['samples_per_second']:,.0f}" if "samples_per_second" in e else "–", _signed(e, "speed", 1)]
+        speed = e.get("samples_per_second")
+        cells += [f"{speed:,.{0 if speed >= 100 else 2}f}" if speed else "–", _signed(e, "speed", 1)]
         cells += [e["paper"].get("speed", ""), f"{ne['mean']:.4f} ± {ne['standard_deviation']:.4f}" if ne else "–"]
         cells += [_signed(e, "NE", 2), e["paper"].get("NE", "")]
         rows.append(f"| {e['row']} | " + " | ".join(cells) + " |")
