@@ -16,6 +16,7 @@ from pallas_kernels.attention.tables import BLOCK
 LOG2E = math.log2(math.e)
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a tile in the accumulators' layout
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
+REDUCTION = 16  # bytes of shared memory that a reduction to a scalar asks for; within warps it uses none
 
 
 def modulo(n, slots: int):
@@ -244,7 +245,7 @@ class GapFiller:
     def __init__(self, gaps, worker, workers: int):
         """gaps: see `tables.SpanGaps`."""
         self.gaps, self.worker, self.workers = gaps, worker, workers
-        self.any = gaps.exist()
+        self.any = gaps.exist(worker, workers)
 
     def fill(self, tile, tile_tma, *targets):
         """tile, tile_tma: both views of [BLOCK, 64] in shared memory; targets [N, H, D]."""
@@ -280,7 +281,7 @@ class GapFiller:
             plgpu.wait_smem_to_gmem(0)
 
 
-def persistent(body, *, name, out_type, scratch, sms, threads, interpret, operands):
+def persistent(body, *, name, out_type, scratch, sms, threads, interpret, operands, reduces: bool = False):
     """Run `body` as one block per SM; each of its threads is a warpgroup."""
     if (used := hopper.shared_bytes(scratch)) > hopper.SHARED_MEMORY:
         raise ValueError(f"{name} takes {used} bytes of shared memory, sm_90 has {hopper.SHARED_MEMORY}")
@@ -292,7 +293,9 @@ def persistent(body, *, name, out_type, scratch, sms, threads, interpret, operan
         num_threads=threads,
         thread_name="warpgroup",
         scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=REDUCTION if reduces else 0
+        ),
         kernel_name=name,
         interpret=interpret,
     )(*operands)

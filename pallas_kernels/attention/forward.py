@@ -47,6 +47,7 @@ def attention_forward(work, tables, q, k, v, angles=None, *, warpgroups: int, sc
         threads=warpgroups + 1,
         interpret=interpret,
         operands=(*tables, *(angles or ()), q, k, v),
+        reduces=True,
     )
 
 

@@ -7,12 +7,19 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.schedule import dealt, dealt_item, sort_descending
+from pallas_kernels.schedule import PAIRWISE, dealt, dealt_item, sort_descending
 
 BLOCK = 64  # rows of one wgmma: of queries, or of keys
+LANES = 32
+# Every warp of a warpgroup holds the same vector of LANES elements: sums and maxima need no exchange between warps.
+IN_A_WARP = plgpu.Layout.TILED(
+    plgpu.Tiling(((LANES,), (1,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-2,), vector_dim=-1
+)
 
 
 class Spans(NamedTuple):
@@ -20,6 +27,30 @@ class Spans(NamedTuple):
 
     starts: Any
     lengths: Any
+
+    def fold(self, value, combine, reduce):
+        """value(sample, start, length) >= 0 of all samples, combined; in a kernel, by one warpgroup.
+
+        combine, reduce: of two arrays and of all elements of one, e.g. jnp.add and jnp.sum.
+        """
+        samples = self.starts.shape[0]
+        if samples < LANES:
+
+            def one(i, result):
+                return combine(result, value(i, self.starts[i], self.lengths[i]))
+
+            return lax.fori_loop(0, samples, one, jnp.int32(0))
+
+        def some(i, result):
+            first = jnp.minimum(i * LANES, samples - LANES)
+            start, length = (plgpu.load(x.at[pl.ds(first, LANES)], layout=IN_A_WARP, optimized=False) for x in self)
+            number = first + plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=IN_A_WARP)
+            # The last ones overlap with those before.
+            return combine(result, jnp.where(number >= i * LANES, value(number, start, length), 0))
+
+        zeros = plgpu.layout_cast(jnp.zeros(LANES, jnp.int32), IN_A_WARP)
+        turns = lax.optimization_barrier(jnp.int32(-(-samples // LANES)))  # unrolled, the loop would spill registers
+        return reduce(lax.fori_loop(0, turns, some, zeros))
 
 
 class Position(NamedTuple):
@@ -65,7 +96,7 @@ class TileWalk:
 
     def __init__(self, spans: Spans, sm, *, heads: int, sms: int, blocks: int, reach: int | None, runs: bool):
         self.spans, self.heads, self.most, self.reach = spans, heads, blocks, reach
-        self.team = math.gcd(heads, sms) if runs else sms
+        self.team = all_heads(heads, sms) if runs else sms
         self.teams = sms // self.team
         self.number, self.member = lax.div(sm, jnp.int32(self.team)), lax.rem(sm, jnp.int32(self.team))
         self.samples = spans.lengths.shape[0]
@@ -87,29 +118,29 @@ class TileWalk:
         if self.teams == 1:
             return self._settled(self._at(zero, zero, zero, jnp.int32(2**30), self.member, self.member))
 
-        def cost_of(sample):
-            blocks, cost = self._blocks(sample)
-            return blocks, blocks * cost
+        def cost_before(sample):
+            def cost(i, _, length):
+                blocks = _blocks(length)
+                return jnp.where(i < sample, blocks * self._cost(blocks), 0)
 
-        everything = lax.fori_loop(0, self.samples, lambda i, total: total + cost_of(i)[1], zero)
-        share = _ceil_div(everything, jnp.int32(self.teams))
+            return self.spans.fold(cost, jnp.add, jnp.sum)
+
+        share = _ceil_div(cost_before(self.samples), jnp.int32(self.teams))
         begin = self.number * share
 
-        def look(i, state):
-            sample, before, cost_before, blocks_here, cost_here = state
-            blocks, cost = cost_of(i)
-            blocks_here, cost_here = blocks_here + blocks, cost_here + cost
-            passed = cost_here <= begin
-            found = (
-                jnp.where(passed, x, y) for x, y in ((i + 1, sample), (blocks_here, before), (cost_here, cost_before))
-            )
-            return *found, blocks_here, cost_here
+        def closer(i, sample):
+            further = sample + lax.shift_left(jnp.int32(1), bits - 1 - i)
+            return jnp.where((further < self.samples) & (cost_before(further) <= begin), further, sample)
 
-        sample, before, cost_before = lax.fori_loop(0, self.samples, look, (zero,) * 5)[:3]
+        bits = self.samples.bit_length()
+        sample = lax.fori_loop(0, bits, closer, zero)
+        before = self.spans.fold(lambda i, _, length: jnp.where(i < sample, _blocks(length), 0), jnp.add, jnp.sum)
         cost = self._blocks(sample)[1]
-        skipped = _ceil_div(begin - cost_before, cost)
-        left = cost_before + skipped * cost
-        return self._settled(self._at(sample, before, skipped, begin + share - left, self.member, self.member))
+        within = begin - cost_before(sample)
+        skipped = _ceil_div(within, cost)
+        return self._settled(
+            self._at(sample, before, skipped, share + within - skipped * cost, self.member, self.member)
+        )
 
     def _at(self, sample, before, skipped, left, item, place) -> Position:
         blocks, cost = self._blocks(sample)
@@ -161,52 +192,190 @@ def _ceil_div(a, b):
 
 
 class SpanGaps:
-    """Rows that belong to no sample, as gaps: the one before each sample, then the one behind the last; in a kernel.
-
-    One pass over the spans tells if there are any, and if the samples are in order: then a gap begins where the sample
-    before it ends, else all samples have to be looked at for each gap.
-    """
+    """Rows that belong to no sample, as gaps: the one before each sample, then the one behind the last; in a kernel."""
 
     def __init__(self, spans: Spans, rows: int):
         self.spans, self.rows, self.samples = spans, rows, spans.starts.shape[0]
         self.count = self.samples + 1
-        zero = jnp.int32(0)
 
-        def look(sample, state):
-            used, end, ordered = state
-            start, length = spans.starts[sample], spans.lengths[sample]
-            ordered = jnp.where((length > 0) & (start < end), 0, ordered)
-            return used + length, jnp.where(length > 0, start + length, end), ordered
-
-        self.used, _, self.ordered = lax.fori_loop(0, self.samples, look, (zero, zero, zero + 1))
-
-    def exist(self):
-        return self.used < self.rows
+    def exist(self, worker, workers: int):
+        return self.spans.fold(lambda i, start, length: length, jnp.add, jnp.sum) < self.rows
 
     def read(self, index):
         """(row, rows) of a gap."""
-        starts, lengths = self.spans
-        inner, sample = index < self.samples, jnp.minimum(index, self.samples - 1)
-        begin = jnp.where(inner, starts[sample], self.rows)
+        sample = jnp.minimum(index, self.samples - 1)
+        inner = index < self.samples
+        begin = jnp.where(inner, self.spans.starts[sample], self.rows)
 
-        def end(sample):
-            return jnp.where(lengths[sample] > 0, starts[sample] + lengths[sample], 0)
+        def end_before(i, start, length):
+            return jnp.where((length > 0) & (start + length <= begin), start + length, 0)
 
-        def of_the_one_before():
-            def empty(before):
-                return (before > 0) & (lengths[jnp.maximum(before - 1, 0)] == 0)
+        row = self.spans.fold(end_before, jnp.maximum, jnp.max)
+        return row, jnp.where(inner & (self.spans.lengths[sample] == 0), 0, begin - row)
 
-            before = lax.while_loop(empty, lambda before: before - 1, index)
-            return jnp.where(before > 0, end(jnp.maximum(before - 1, 0)), 0)
 
-        def of_all():
-            def look(sample, row):
-                return jnp.where(end(sample) <= begin, jnp.maximum(row, end(sample)), row)
+class Ranges(NamedTuple):
+    """Shares of a grid's blocks, int32, in device memory.
 
-            return lax.fori_loop(0, self.samples, look, jnp.int32(0))
+    Blocks of the grid form teams, whose members work on the same rows of different heads at the same time: rows of all
+    heads lie side by side in memory. A team gets a run of BLOCKs of rows of near-equal cost, in order, so that
+    neighbouring tiles read the same keys soon after each other. A member with several heads takes one after the other,
+    sample by sample.
 
-        row = lax.cond(self.ordered > 0, of_the_one_before, of_all)
-        return row, jnp.where(inner & (lengths[sample] == 0), 0, begin - row)
+    first: [3, G] for each team: sample, number of the BLOCK among those of the sample's heads of one member, number
+      among all.
+    starts, lengths: [B] of the samples.
+    before: [B + 1] BLOCKs of the samples before each; in the end all. Softmax statistics of a sample begin there.
+    previous: [B + 1] the end of the sample before each in memory; in the end, of the last one.
+    """
+
+    first: jax.Array
+    starts: jax.Array
+    lengths: jax.Array
+    before: jax.Array
+    previous: jax.Array
+
+
+def ranges(starts, lengths, *, rows: int, heads: int, reach: int | None, sms: int) -> Ranges:
+    """Shares of `sms` blocks of a grid. `reach`: how many BLOCKs a BLOCK meets at most; None: all cost the same."""
+    team = team_size(heads, sms)
+    heads, sms = heads // team, sms // team
+    blocks = (lengths + (BLOCK - 1)) // BLOCK
+    # Loading and storing a tile costs about as much as meeting two blocks.
+    weight = jnp.minimum(blocks, reach) + 2 if reach else jnp.ones_like(blocks)
+    before, cost, previous = _running(starts, lengths, blocks, blocks * weight, rows)
+    # One reduction that picks each share's sample: it has exactly one, or lies behind all of them, in sample B - 1.
+    begin, end = cost * heads, jnp.append(cost[1:] * heads, jnp.iinfo(jnp.int32).max)
+    share = jnp.arange(sms, dtype=jnp.int32) * lax.div(cost[-1] * heads + (sms - 1), jnp.int32(sms))
+    mine = (begin <= share[:, None]) & (share[:, None] < end)
+    sample = jnp.arange(starts.size + 1, dtype=jnp.int32)
+    number = lax.div(share[:, None] - begin, jnp.append(weight, 1) + 0 * share[:, None])
+    number = jnp.where(sample < starts.size, number, 0)
+    values = jnp.stack(jnp.broadcast_arrays(jnp.minimum(sample, starts.size - 1), number, before * heads + number))
+    first = jnp.sum(jnp.where(mine, values, 0), axis=2)
+    return Ranges(first, starts, lengths, before, previous)
+
+
+def _running(starts, lengths, blocks, cost, rows: int):
+    """Sums over the samples before each and in the end, of blocks and of cost; and the ends of the ones before."""
+    begin, end = jnp.where(lengths > 0, starts, -1), jnp.where(lengths > 0, starts + lengths, 0)
+    begin = jnp.concatenate([begin, jnp.array([rows], jnp.int32)])
+    if starts.size > PAIRWISE:
+        in_order = jnp.sort(end)
+        at = jnp.searchsorted(in_order, begin, side="right", method="sort")
+        previous = jnp.where(at > 0, in_order[at - 1], 0)
+        return *(jnp.pad(jnp.cumsum(x, dtype=jnp.int32), (1, 0)) for x in (blocks, cost)), previous
+    index = jnp.arange(starts.size + 1, dtype=jnp.int32)
+    earlier = index[:-1] < index[:, None]
+    operands = *(jnp.where(earlier, x, 0) for x in (blocks, cost)), jnp.where(end <= begin[:, None], end, 0)
+
+    def combine(a, b):
+        return a[0] + b[0], a[1] + b[1], jnp.maximum(a[2], b[2])
+
+    return lax.reduce(operands, (jnp.int32(0),) * 3, combine, (1,))
+
+
+def all_heads(heads: int, sms: int) -> int:
+    """Blocks of the grid in a team that works on all heads of a tile at the same time; divides the grid."""
+    part = team_size(heads, sms)
+    return next(team for team in range(part, sms + 1, part) if sms % team == 0 and team >= min(heads, sms))
+
+
+def team_size(heads: int, sms: int) -> int:
+    """Blocks of the grid in a team; divides both, so that every block belongs to one and has as many heads."""
+    return math.gcd(heads, sms)
+
+
+def read_gap(tables, index, rows: int):
+    """(row, rows) of gap `index` of B + 1: the rows before a sample that belong to none, then those behind the last."""
+    last = tables.starts.shape[0]
+    sample = jnp.minimum(index, last - 1)
+    empty = (index < last) & (tables.lengths[sample] == 0)
+    begin = jnp.where(index < last, tables.starts[sample], rows)
+    row = tables.previous[index]
+    return row, jnp.where(empty, 0, jnp.maximum(begin - row, 0))
+
+
+class RangePosition(NamedTuple):
+    """Where a walk is. Traced scalars; they live through a kernel's inner loop, so the rest is read again."""
+
+    left: Any  # BLOCKs of the share from here on
+    sample: Any
+    head: Any
+    block: Any  # the tile's first BLOCK in the sample
+
+
+class RangeWalk:
+    """Walks through the share of one block of the grid, in a kernel."""
+
+    def __init__(self, tables, sm, *, heads: int, sms: int, blocks: int):
+        self.tables, self.team, self.most = tables, team_size(heads, sms), blocks
+        self.sm, self.heads, self.teams = sm, heads // self.team, sms // self.team
+
+    def _blocks(self, sample):
+        return lax.shift_right_logical(self.tables.lengths[sample] + (BLOCK - 1), jnp.int32(6))
+
+    @property
+    def _member(self):
+        return lax.rem(self.sm, jnp.int32(self.team))
+
+    def first(self) -> RangePosition:
+        team, last = lax.div(self.sm, jnp.int32(self.team)), self.teams - 1
+        sample, number, begin = (self.tables.first[c, team] for c in range(3))
+        following = self.tables.first[2, jnp.minimum(team + 1, last)]
+        everything = self.tables.before[self.tables.before.shape[0] - 1] * self.heads
+        blocks = jnp.maximum(self._blocks(sample), 1)
+        turn, block = lax.div(number, blocks), lax.rem(number, blocks)
+        left = jnp.where(team == last, everything, following) - begin
+        return RangePosition(left, sample, turn * self.team + self._member, block)
+
+    def more(self, at: RangePosition):
+        return at.left > 0
+
+    def _tile(self, at: RangePosition, blocks):
+        return jnp.minimum(jnp.minimum(blocks - at.block, at.left), self.most)
+
+    def read(self, at: RangePosition) -> Place:
+        start, before = self.tables.starts[at.sample], self.tables.before[at.sample]
+        tile = self._tile(at, self._blocks(at.sample))
+        return Place(start, self.tables.lengths[at.sample], before, at.sample, at.head, at.block, tile)
+
+    def next(self, at: RangePosition) -> RangePosition:
+        blocks = self._blocks(at.sample)
+        tile = self._tile(at, blocks)
+        left, block = at.left - tile, at.block + tile
+        ends = block == blocks
+        head = jnp.where(ends, at.head + self.team, at.head)
+
+        def next_sample():
+            last = self.tables.lengths.shape[0] - 1
+
+            def empty(sample):
+                return (sample < last) & (self.tables.lengths[sample] == 0)
+
+            sample = lax.while_loop(empty, lambda sample: sample + 1, jnp.minimum(at.sample + 1, last))
+            return sample, self._member
+
+        all_heads = head >= self.heads * self.team
+        sample, head = lax.cond(all_heads & (left > 0), next_sample, lambda: (at.sample, head))
+        return RangePosition(left, sample, head, jnp.where(ends, 0, block))
+
+
+class RangeGaps:
+    """Rows that belong to no sample, as `SpanGaps` has them, read from tables."""
+
+    def __init__(self, tables: Ranges, rows: int):
+        self.tables, self.rows, self.count = tables, rows, tables.starts.shape[0] + 1
+
+    def exist(self, worker, workers: int):
+        """For this worker: among the gaps that are dealt to it, or the last one."""
+        mine = lax.div(self.count - 1 - worker + (workers - 1), jnp.int32(workers))
+        rows = lax.fori_loop(0, mine, lambda turn, n: n + self.read(turn * workers + worker)[1], jnp.int32(0))
+        return rows + self.read(jnp.int32(self.count - 1))[1] > 0
+
+    def read(self, index):
+        """(row, rows) of a gap."""
+        return read_gap(self.tables, index, self.rows)
 
 
 def statistics_rows(rows: int, samples: int) -> int:
@@ -283,7 +452,7 @@ class EmptySamples:
         self.samples = samples.lengths.shape[0]
         self.count = self.samples + 1
 
-    def exist(self):
+    def exist(self, worker, workers: int):
         return self.tables.live[0] < self.samples
 
     def read(self, index):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from pallas_kernels.attention import tables
-from pallas_kernels.attention.tables import BLOCK, DealtWalk, EmptySamples, SpanGaps, TileWalk
+from pallas_kernels.attention.tables import BLOCK, DealtWalk, EmptySamples, RangeGaps, RangeWalk, SpanGaps, TileWalk
 
 
 class Item(NamedTuple):
@@ -74,12 +74,25 @@ class Window:
         rows = jnp.minimum(place.length - offset, place.blocks * BLOCK)
         return Item(row, row, rows, place.start, place.length, offset, (place.before + place.block) * BLOCK)
 
-    kv_gaps, kv_walk = gaps, walk
-
     def kv_item(self, place) -> KvItem:
         item = self.item(place, 0)
         start = place.start
         return KvItem(item.q_row, item.rows, start, start, place.length, item.position, place.before * BLOCK)
+
+
+@dataclass(frozen=True)
+class WindowBackward(Window):
+    """The same for the backward kernels, which have no shared memory left to look for their tiles."""
+
+    tables = tables.Ranges
+
+    def gaps(self, refs) -> RangeGaps:
+        return RangeGaps(refs, self.rows)
+
+    def walk(self, refs, sm, *, heads: int, sms: int, warpgroups: int) -> RangeWalk:
+        return RangeWalk(refs, sm, heads=heads, sms=sms, blocks=warpgroups)
+
+    kv_gaps, kv_walk = gaps, walk
 
 
 @dataclass(frozen=True)
@@ -135,10 +148,9 @@ class SeedKeys:
     samples: int
     rows: int
 
-    tables = tables.Spans
-    left = right = reach = None
-    runs = False
-    kv_gaps, kv_walk = Window.gaps, Window.walk
+    tables = tables.Ranges
+    left = right = None
+    kv_gaps, kv_walk = WindowBackward.gaps, WindowBackward.walk
 
     def kv_item(self, place) -> KvItem:
         offset = place.block * BLOCK

@@ -16,7 +16,7 @@ from pallas_kernels import hopper
 from pallas_kernels.attention.backward_kv import attention_dkv
 from pallas_kernels.attention.backward_q import WARPGROUPS, attention_dq
 from pallas_kernels.attention.forward import attention_forward
-from pallas_kernels.attention.tables import BLOCK, Spans, longest_first
+from pallas_kernels.attention.tables import BLOCK, longest_first, ranges
 from pallas_kernels.attention.work import SeedKeys, SeedQueries
 from pallas_kernels.jagged import vary_together
 
@@ -83,7 +83,8 @@ def _backward(static: Static, residuals, dout):
     parts, delta = attention_dq(work, tables, _padded(seeds), k, v, out, dout, statistics, **run)
     dseeds = jnp.moveaxis(jnp.sum(parts, axis=0)[:, :S], 0, 1) * static.scale
     work = SeedKeys(S, starts.size, k.shape[0])
-    dk, dv = attention_dkv(work, Spans(starts, lengths), _padded(seeds), k, v, dout, statistics, delta, **run)
+    tables = ranges(starts, lengths, rows=k.shape[0], heads=k.shape[1], reach=None, sms=static.sms)
+    dk, dv = attention_dkv(work, tables, _padded(seeds), k, v, dout, statistics, delta, **run)
     return *vary_together(dseeds.astype(seeds.dtype), dk, dv, k)[:3], None, None
 
 

@@ -6,6 +6,7 @@ import itertools
 
 import interpreter
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,10 +26,13 @@ from pallas_kernels.attention.tables import (
     DealtWalk,
     EmptySamples,
     Place,
+    RangeGaps,
+    RangeWalk,
     SpanGaps,
     Spans,
     TileWalk,
     longest_first,
+    ranges,
     window_reach,
 )
 from pallas_kernels.attention.work import SeedQueries
@@ -56,15 +60,15 @@ def draw_spans(rng, samples, longest):
 
 
 def gaps_of(starts, lengths, rows):
-    """[(row, rows)], are the samples in order, are there any gaps."""
+    """[(row, rows)], are there any gaps; of spans read one by one."""
 
     @jax.jit
     def read(starts, lengths):
         gaps = SpanGaps(Spans(starts, lengths), rows)
-        return lax.map(gaps.read, jnp.arange(gaps.count)), gaps.ordered, gaps.exist()
+        return lax.map(gaps.read, jnp.arange(gaps.count)), gaps.exist(0, 1)
 
-    gaps, ordered, exist = read(starts, lengths)
-    return list(zip(*(x.tolist() for x in gaps), strict=True)), bool(ordered), bool(exist)
+    gaps, exist = read(starts, lengths)
+    return list(zip(*(x.tolist() for x in gaps), strict=True)), bool(exist)
 
 
 def places(walk):
@@ -116,7 +120,8 @@ def test_every_row_of_every_head_is_walked_through_once(heads, sms, runs, reach)
     assert before[-1] * BLOCK <= tables_module.statistics_rows(rows, starts.size)
 
 
-def test_runs_have_near_equal_cost():
+def test_runs_have_near_equal_cost(monkeypatch):
+    monkeypatch.setattr(tables_module, "LANES", 10**6)  # vectors need a kernel
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 1025, 200)
     starts, reach = np.cumsum(lengths) - lengths, window_reach(100, 100)
@@ -143,26 +148,59 @@ def test_no_samples_have_rows():
     assert [count for _, count in gaps_of(zero, zero, 50)[0]] == [0, 0, 0, 50]
 
 
-@pytest.mark.parametrize("ordered", [True, False])
-def test_gaps_are_what_the_samples_leave(ordered):
-    starts, lengths, rows = draw_spans(np.random.default_rng(1), 40, 9)
-    if ordered:
-        order = np.argsort(starts)
-        starts, lengths = starts[order], lengths[order]
+def test_samples_without_gaps():
+    starts, lengths = jnp.array([5, 0, 0], jnp.int32), jnp.array([4, 5, 0], jnp.int32)
+    assert not gaps_of(starts, lengths, 9)[1]
+
+
+@pytest.mark.parametrize("samples", [5, 70])
+def test_gaps_are_read_in_a_kernel(samples):
+    """Few samples one by one, many as vectors."""
+    starts, lengths, rows = draw_spans(np.random.default_rng(samples), samples, 9)
+
+    def read(starts, lengths, out):
+        gaps = SpanGaps(Spans(starts, lengths), rows)
+
+        def one(i, _):
+            out[0, i], out[1, i] = gaps.read(i)
+
+        lax.fori_loop(0, gaps.count, one, None)
+        out[0, gaps.count] = jnp.where(gaps.exist(0, 1), 1, 0)
+
+    shape = jax.ShapeDtypeStruct((2, samples + 2), jnp.int32)
+    kernel = plgpu.kernel(read, out_type=shape, grid=(1,), grid_names=("one",), interpret=interpreter.RACES)
+    found = np.asarray(kernel(starts, lengths))
     used = np.zeros(rows, bool)
     for start, length in zip(starts, lengths, strict=True):
         used[start : start + length] = True
-    gaps, in_order, exist = gaps_of(starts, lengths, rows)
-    assert (in_order, exist) == (ordered, True)
-    for row, count in gaps:
+    for row, count in found[:, : samples + 1].T:
         assert not used[row : row + count].any()
         used[row : row + count] = True
     assert used.all()
+    assert found[0, -1] == 1
 
 
-def test_samples_without_gaps():
-    starts, lengths = jnp.array([5, 0, 0], jnp.int32), jnp.array([4, 5, 0], jnp.int32)
-    assert gaps_of(starts, lengths, 9)[1:] == (False, False)
+@pytest.mark.parametrize(("heads", "sms", "pairwise"), [(2, 3, True), (3, 6, False), (4, 2, True)])
+def test_every_row_is_walked_through_once_by_tables(heads, sms, pairwise, monkeypatch):
+    if not pairwise:
+        monkeypatch.setattr(tables_module, "PAIRWISE", 0)
+    starts, lengths, rows = draw_spans(np.random.default_rng(heads), 9, 400)
+    shares = jax.jit(functools.partial(ranges, rows=rows, heads=heads, reach=3, sms=sms))(starts, lengths)
+    assert (np.diff(np.asarray(shares.before)) == -(-np.asarray(lengths) // BLOCK)).all()
+    written = np.zeros((rows, heads), int)
+    for sm in range(sms):
+        for place in places(RangeWalk(shares, jnp.int32(sm), heads=heads, sms=sms, blocks=3)):
+            assert (place.start, place.length) == (int(starts[place.sample]), int(lengths[place.sample]))
+            assert 1 <= place.blocks <= 3
+            first = place.block * BLOCK
+            end = min(place.length, first + place.blocks * BLOCK)
+            written[place.start + first : place.start + end, place.head] += 1
+    gaps = RangeGaps(shares, rows)
+    assert gaps.exist(0, 1)
+    for gap in range(gaps.count):
+        row, count = map(int, gaps.read(gap))
+        written[row : row + count] += 1
+    assert (written == 1).all()
 
 
 def test_samples_are_dealt_longest_first_and_once():
@@ -181,7 +219,7 @@ def test_empty_samples_are_the_gaps_of_the_pooled_rows():
     samples = longest_first(jnp.zeros(3, jnp.int32), jnp.array([4, 0, 2], jnp.int32))
     gaps = SeedQueries(seeds=100, samples=3).gaps(samples)
     assert isinstance(gaps, EmptySamples)
-    assert gaps.exist()
+    assert gaps.exist(0, 1)
     assert [tuple(map(int, gaps.read(i))) for i in range(4)] == [(0, 0), (100, 100), (200, 0), (300, 0)]
 
 
