@@ -337,7 +337,7 @@ def plot(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         axis.text(left[i] + 0.01, i, f"{row['step_ms']:.0f} ms, MFU {row['mfu']:.1%}", va="center", fontsize=8)
     axis.set_yticks(range(len(rows)), [r["name"] for r in rows], fontsize=8)
     axis.invert_yaxis()
-    axis.set(xlabel="share of the step", xlim=(0, 1.35), title="A training step on one H100, by module")
+    axis.set(xlabel="share of the step", xlim=(0, 1.55), title="A training step on one H100, by module")
     axis.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=130)
     plt.close(figure)

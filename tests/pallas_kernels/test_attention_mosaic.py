@@ -373,6 +373,18 @@ def test_window_kernels_interpreted(name):
         assert not np.asarray(x, np.float32)[~used].any(), name
 
 
+def test_samples_of_one_length_interpreted():
+    """Where they fill the rows, the whole grid is one team; the samples' tiles are no multiple of it."""
+    samples, length, width, static = 3, 70, 128, dict(max_length=70, left=69, right=69, scale=0.1)
+    rng = np.random.default_rng(0)
+    operands = [jnp.asarray(rng.normal(size=(samples * length, 1, width)), jnp.bfloat16) for _ in range(3)]
+    starts = jnp.asarray(rng.permutation(samples) * length, jnp.int32)
+    spans = (starts, jnp.full(samples, length, jnp.int32), None)
+    got = window_mosaic.mosaic_gpu(*operands, *spans, **static, sms=2, interpret=interpreter.RACES)
+    wide = [x.astype(jnp.float32) for x in operands]
+    check(["out"], [got], [window_reference.sliding_window_attention(*wide, *spans, **static)], 4e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("inside", [True, False])
 def test_rotary_angles_interpreted(inside):
