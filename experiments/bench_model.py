@@ -165,9 +165,9 @@ def programs(case: Case, learner: Learner) -> tuple[Any, Any, Any]:
 
     gpu = jax.default_backend() == "gpu"
     batch = abstract_batch(learner.schema, case.batch, fraction=case.fraction)
-    packed = PackedBatch(jax.ShapeDtypeStruct((1, layout_of(batch).words), jnp.int32), layout_of(batch))
+    words: Any = jax.ShapeDtypeStruct((1, layout_of(batch).words), jnp.int32)
     with contextlib.nullcontext() if case.fused else separate_norms():
-        lowered = learner.train_step.lower(learner.abstract_state(), packed)
+        lowered = learner.train_step.lower(learner.abstract_state(), PackedBatch(words, layout_of(batch)))
     step = lowered.compile(compiler_options=None if gpu else QUICK)
     return jax.jit(first_state).lower().compile(), step, lowered.compile(compiler_options=OPTIONS) if gpu else step
 
