@@ -26,11 +26,8 @@ from kunlun_jax.embedding.dropout import drop_fields
 from kunlun_jax.metrics import Evaluation
 from kunlun_jax.models import build
 from kunlun_jax.optimizer import OptimizerConfig, schedule
-from kunlun_jax.training import groups_of, log_loss
+from kunlun_jax.training import OPTIONS, groups_of, log_loss
 
-# Else a single member's products take their weights where they lie in the flat parameters, at any multiple of four
-# bytes, and on an H100 cuBLAS failed; members side by side have copies.
-OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": False}
 # The first state is drawn once, on the CPU; compiling it took three times as long with XLA's usual effort.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
