@@ -26,7 +26,7 @@ from kunlun_jax.embedding.dropout import drop_fields
 from kunlun_jax.metrics import Evaluation
 from kunlun_jax.models import build
 from kunlun_jax.optimizer import OptimizerConfig, schedule
-from kunlun_jax.training import OPTIONS, groups_of, log_loss
+from kunlun_jax.training import COMPILER_OPTIONS, groups_of, log_loss
 
 # The first state is drawn once, on the CPU; compiling it took three times as long with XLA's usual effort.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -218,7 +218,7 @@ class Population:
         controls = Controls(np.float32(1e-3), np.float32(self.optimizer.table_learning_rate), None)
         state = jax.tree.map(lambda x: x[0], self._start([0]))
         program = jax.jit(self._step, donate_argnums=0)
-        program = program.lower(state, self._decayed, batches[0], np.int32(0), controls).compile(OPTIONS)
+        program = program.lower(state, self._decayed, batches[0], np.int32(0), controls).compile(COMPILER_OPTIONS)
 
         def measure(seconds: float = 1.0) -> float:
             def steps(state, first, count):

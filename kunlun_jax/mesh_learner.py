@@ -8,6 +8,7 @@ Gradients are taken inside `shard_map` of each device's part of the global mean 
 cotangents of the whole group. The dense optimiser runs outside, under `jit`, on arrays sharded as their parameters.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -44,7 +45,7 @@ from kunlun_jax.sharding import (
     param_specs,
     place_batch,
 )
-from kunlun_jax.training import OPTIONS, Gradients, Learner, TrainState, label_weights
+from kunlun_jax.training import COMPILER_OPTIONS, Gradients, Learner, TrainState, label_weights
 
 
 class MeshLearner(Learner):
@@ -100,12 +101,11 @@ class MeshLearner(Learner):
         self._clear = jax.jit(self._untouched, out_shardings=shardings.touched)
         self._ravel = jax.jit(self.flat.ravel, out_shardings=on_mesh(mesh, self._flat_specs()))
         self._unravel = jax.jit(self.flat.unravel, out_shardings=on_mesh(mesh, param_specs(self._params)))
-        outputs = (shardings, None)
-        self.train_step = jax.jit(self._train_step, donate_argnums=0, out_shardings=outputs, compiler_options=OPTIONS)
-        predict = self._over_mesh(self._predict, (self._specs.params, self._specs.tables, BATCH), BATCH)
-        self.predict = jax.jit(predict, compiler_options=OPTIONS)
-        find = self._over_mesh(self._find_non_finite, (self._specs, BATCH), REPLICATED)
-        self._diagnose = jax.jit(find, compiler_options=OPTIONS)
+        compiled = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+        predict_in, find_in = (self._specs.params, self._specs.tables, BATCH), (self._specs, BATCH)
+        self.train_step = compiled(self._train_step, donate_argnums=0, out_shardings=(shardings, None))
+        self.predict = compiled(self._over_mesh(self._predict, predict_in, BATCH))
+        self._diagnose = compiled(self._over_mesh(self._find_non_finite, find_in, REPLICATED))
 
     def _over_mesh(self, function, in_specs, out_specs):
         # check_vma: Pallas calls don't say over which axes their results vary.

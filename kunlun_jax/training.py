@@ -78,7 +78,7 @@ def label_weights(batch: Batch) -> Float[Array, "B tasks"]:
 
 # On a GPU, products would read float32 weights where they lie in the flat parameters; cuBLAS fails where that address
 # is not aligned.
-OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": False}
+COMPILER_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": False}
 
 
 class Gradients(NamedTuple):
@@ -122,9 +122,9 @@ class Learner:
         self.flat = FlatParameters(self._params)
         self.optimizer = dense_optimizer(config, steps, self.flat)
         self.table_rate = schedule(config, config.table_learning_rate, steps)
-        self.train_step = jax.jit(self._train_step, donate_argnums=0, compiler_options=OPTIONS)
-        self.predict = jax.jit(self._predict, compiler_options=OPTIONS)
-        self._diagnose = jax.jit(self._find_non_finite, compiler_options=OPTIONS)
+        self.train_step = jax.jit(self._train_step, donate_argnums=0, compiler_options=COMPILER_OPTIONS)
+        self.predict = jax.jit(self._predict, compiler_options=COMPILER_OPTIONS)
+        self._diagnose = jax.jit(self._find_non_finite, compiler_options=COMPILER_OPTIONS)
         self._ravel, self._unravel = jax.jit(self.flat.ravel), jax.jit(self.flat.unravel)
 
     def init(self, seed: int) -> TrainState:

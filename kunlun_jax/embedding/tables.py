@@ -171,7 +171,7 @@ def _read_backward(saved, gradient):
         return jnp.zeros_like(rows).at[places].add(gradient, mode="drop"), None
     chunks = -(-places.size // CHUNK)
     more = (0, chunks * CHUNK - places.size)
-    places = jnp.pad(places, more, constant_values=n).reshape(chunks, CHUNK)
+    places = jnp.pad(places, more).reshape(chunks, CHUNK)
     gradient = jnp.pad(gradient, (more, (0, 0))).reshape(chunks, CHUNK, width)
     one_hot = jax.nn.one_hot(places, n, dtype=gradient.dtype)
     return jnp.sum(jnp.einsum("ckn,ckw->cnw", one_hot, gradient), axis=0), None

@@ -45,14 +45,9 @@ class Window:
     samples: int
     left: int | None
     right: int | None
-    runs: bool  # see `TileWalk`
 
-    tables = tables.Spans
+    tables = tables.Ranges
     splits = 0  # every query row belongs to one sample
-
-    @property
-    def reach(self) -> int:
-        return tables.window_reach(self.left, self.right)
 
     @property
     def out_rows(self) -> int:
@@ -62,11 +57,13 @@ class Window:
     def statistics_rows(self) -> int:
         return tables.statistics_rows(self.rows, self.samples)
 
-    def gaps(self, refs) -> SpanGaps:
-        return SpanGaps(refs, self.rows)
+    def gaps(self, refs) -> RangeGaps | SpanGaps:
+        return RangeGaps(refs, self.rows)
 
-    def walk(self, refs, sm, *, heads: int, sms: int, warpgroups: int) -> TileWalk:
-        return TileWalk(refs, sm, heads=heads, sms=sms, blocks=warpgroups, reach=self.reach, runs=self.runs)
+    def walk(self, refs, sm, *, heads: int, sms: int, warpgroups: int) -> RangeWalk | TileWalk:
+        return RangeWalk(refs, sm, heads=heads, sms=sms, blocks=warpgroups)
+
+    kv_gaps, kv_walk = gaps, walk
 
     def item(self, place, warpgroups: int) -> Item:
         offset = place.block * BLOCK
@@ -81,18 +78,20 @@ class Window:
 
 
 @dataclass(frozen=True)
-class WindowBackward(Window):
-    """The same for the backward kernels, which have no shared memory left to look for their tiles."""
+class WindowWithoutTables(Window):
+    """The same for a kernel that looks for its tiles itself, by vectors of samples. The backward kernels have no shared
+    memory left for that; looking sample by sample cost them a tenth where lengths differ."""
 
-    tables = tables.Ranges
+    runs: bool  # see `TileWalk`
 
-    def gaps(self, refs) -> RangeGaps:
-        return RangeGaps(refs, self.rows)
+    tables = tables.Spans
 
-    def walk(self, refs, sm, *, heads: int, sms: int, warpgroups: int) -> RangeWalk:
-        return RangeWalk(refs, sm, heads=heads, sms=sms, blocks=warpgroups)
+    def gaps(self, refs) -> SpanGaps:
+        return SpanGaps(refs, self.rows)
 
-    kv_gaps, kv_walk = gaps, walk
+    def walk(self, refs, sm, *, heads: int, sms: int, warpgroups: int) -> TileWalk:
+        reach = tables.window_reach(self.left, self.right)
+        return TileWalk(refs, sm, heads=heads, sms=sms, blocks=warpgroups, reach=reach, runs=self.runs)
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ class SeedKeys:
 
     tables = tables.Ranges
     left = right = None
-    kv_gaps, kv_walk = WindowBackward.gaps, WindowBackward.walk
+    kv_gaps, kv_walk = Window.kv_gaps, Window.kv_walk
 
     def kv_item(self, place) -> KvItem:
         offset = place.block * BLOCK

@@ -16,7 +16,7 @@ from pallas_kernels.attention.backward_q import attention_dq
 from pallas_kernels.attention.forward import attention_forward
 from pallas_kernels.attention.rotary import with_end
 from pallas_kernels.attention.tables import Spans, ranges, window_reach
-from pallas_kernels.attention.work import Window, WindowBackward
+from pallas_kernels.attention.work import Window, WindowWithoutTables
 from pallas_kernels.jagged import vary_together
 from pallas_kernels.sliding_window import xla
 
@@ -30,7 +30,7 @@ class Static(NamedTuple):
     right: int | None
     scale: float
     turn_inside: bool
-    equal_lengths: bool
+    dense: bool  # as many rows as samples of the greatest length have
     sms: int
     interpret: Any
 
@@ -110,8 +110,8 @@ def _forward(static: Static, q, k, v, starts, lengths, angles):
     run: dict[str, Any] = dict(warpgroups=warpgroups, scale=static.scale, sms=static.sms, interpret=static.interpret)
     # Measured on an H100, D 128, window (100, 100): the whole grid as one team takes 0.20 ms for 64 samples of 2048,
     # runs 0.23; but 1.08 and 0.98 for 1152 samples of 1 … 1024. Narrow windows and D 64 share too little to gain.
-    runs = warpgroups != 3 or not static.equal_lengths
-    work = Window(q.shape[0], starts.shape[0], static.left, static.right, runs)
+    runs = warpgroups != 3 or not static.dense
+    work = WindowWithoutTables(q.shape[0], starts.shape[0], static.left, static.right, runs)
     out, statistics = attention_forward(work, Spans(starts, lengths), q, k, v, inside, **run)
     out, statistics, _ = vary_together(out, statistics, q)
     return out, (q, k, v, starts, lengths, angles, out, statistics)
@@ -120,7 +120,7 @@ def _forward(static: Static, q, k, v, starts, lengths, angles):
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(static: Static, residuals, dout):
     q, k, v, starts, lengths, angles, out, statistics = residuals
-    dout, work = dout.astype(q.dtype), WindowBackward(q.shape[0], starts.shape[0], static.left, static.right, runs=True)
+    dout, work = dout.astype(q.dtype), Window(q.shape[0], starts.shape[0], static.left, static.right)
     by_query, by_key = (_ranges(static, q, starts, lengths, x.shape[1]) for x in (q, k))
     run: dict[str, Any] = dict(scale=static.scale, sms=static.sms, interpret=static.interpret)
     run |= dict(rotates=static.turn_inside and angles is not None)

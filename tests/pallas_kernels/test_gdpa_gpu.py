@@ -67,7 +67,8 @@ def worst_error(got, wanted, starts, lengths):
         rows = slice(start, start + length)
         size = np.linalg.norm(wanted[rows], axis=(0, 2))
         error = np.linalg.norm(got[rows] - wanted[rows], axis=(0, 2))
-        worst = max(worst, float(np.max(np.where(size > 0, error / np.maximum(size, 1e-30), error), initial=0)))
+        error = np.where(size > 0, error / np.maximum(size, 1e-30), error)
+        worst = np.maximum(worst, np.max(error, initial=0))  # not max, which loses a NaN
     return worst
 
 

@@ -55,7 +55,8 @@ def worst_error(got, wanted, groups):
     for group in groups:
         g, w = got[group].reshape(-1, *got.shape[-2:]), wanted[group].reshape(-1, *got.shape[-2:])
         size = np.linalg.norm(w, axis=(0, 2)) + 0.1 * np.sqrt(w.shape[0] * w.shape[2] + 1) / 10
-        worst = max(worst, float(np.max(np.linalg.norm(g - w, axis=(0, 2)) / size, initial=0)))
+        error = np.linalg.norm(g - w, axis=(0, 2)) / size
+        worst = np.maximum(worst, np.max(error, initial=0))  # not max, which loses a NaN
     return worst
 
 

@@ -66,7 +66,8 @@ def worst_error(got, wanted, starts, lengths):
     for start, length in zip(np.asarray(starts), np.asarray(lengths), strict=True):
         rows = slice(start, start + length)
         size = np.linalg.norm(wanted[rows], axis=(0, 2)) + 0.1 * np.sqrt(length * wanted.shape[2] + 1)
-        worst = max(worst, float(np.max(np.linalg.norm(got[rows] - wanted[rows], axis=(0, 2)) / size, initial=0)))
+        error = np.linalg.norm(got[rows] - wanted[rows], axis=(0, 2)) / size
+        worst = np.maximum(worst, np.max(error, initial=0))  # not max, which loses a NaN
     return worst
 
 

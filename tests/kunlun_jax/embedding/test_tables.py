@@ -10,6 +10,7 @@ import pytest
 
 from kunlun_jax.batch import Batch
 from kunlun_jax.embedding import TableState, embed, init_tables, look_up, update
+from kunlun_jax.embedding.tables import CHUNK, FEW_ROWS, Plan
 from kunlun_jax.jagged import Jagged
 from kunlun_jax.schema import PADDING_ID, TIME_FIELDS, DenseField, EventType, FeatureSchema, SparseField, Table
 
@@ -195,6 +196,26 @@ def test_a_plan_lists_each_id_once_in_order_and_finds_it_again():
         given = batch.sparse[name] if name in batch.sparse else batch.events[name.split(".")[0]].values["item"]
         found = np.append(uids, PADDING_ID)[np.asarray(places)]
         np.testing.assert_array_equal(found, given)
+
+
+@pytest.mark.parametrize("rows", [FEW_ROWS, FEW_ROWS + 1])
+def test_many_ids_of_few_rows_add_their_gradients_up(rows):
+    """By products in several chunks, the last one not full, or by a scatter: as a sum in float64."""
+    rng, width, ids = np.random.default_rng(), 3, 2 * CHUNK + 7
+    schema = FeatureSchema(tables=(Table("t", rows, width),), sparse=(SparseField("f", "t"),), tasks=("click",))
+    places = rng.integers(0, rows, (ids, 1)).astype(np.int32)
+    places[rng.random(ids) < 0.1] = PADDING_ID
+    batch = Batch(dict(), dict(f=places), dict(), np.arange(ids, dtype=np.int32)[None], *[np.ones((ids, 1))] * 3)
+    weights, values = rng.normal(size=(ids, width)), rng.normal(size=(rows, width)).astype(np.float32)
+
+    def f(values):
+        read = embed(schema, batch, {"t": values}, {"t": Plan(None, {"f": jnp.asarray(places)})}).sparse["f"]
+        return jnp.sum(read * weights)
+
+    expected = np.zeros((rows, width))
+    real = places[:, 0] != PADDING_ID
+    np.add.at(expected, places[real, 0], weights[real])
+    np.testing.assert_allclose(jax.grad(f)(jnp.asarray(values)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_padding_reads_zero_and_trains_no_row():
