@@ -1,6 +1,7 @@
 """Linear maps, MLPs and MaskNet."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -83,12 +84,41 @@ class MaskNet(nnx.Module):
     """
 
     def __init__(self, inputs: int, outputs: int, *, dtype: str, rngs: nnx.Rngs):
+        self.dtype = dtype
         self.mask = MLP(inputs, [outputs], inputs, dtype=dtype, rngs=rngs)
         self.mask.layers[-1].bias = nnx.Param(jnp.ones(inputs))
         self.compress = MLP(inputs, [outputs], outputs, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*rest inputs"]) -> Float[Array, "*rest outputs"]:
-        return self.compress(x * self.mask(x))
+        first, last = self.mask.layers
+        mask = nnx.silu(first(x)) @ cast(self.dtype, last.kernel)[0]
+        return self.compress(_masked(x, mask, *cast(self.dtype, last.bias)))
+
+
+@jax.custom_vjp
+def _masked(x, mask, bias):
+    """x ⊙ (mask + bias) for rows [*rest, inputs]. The gradients of all three are one pass over the rows."""
+    return x * (mask + bias)
+
+
+def _masked_forward(x, mask, bias):
+    return _masked(x, mask, bias), (x, mask, bias)
+
+
+def _masked_backward(saved, d):
+    x, mask, bias = saved
+    # XLA adds up columns a multiple of 64 at a time at the speed of memory, 200 of them at 40 % of it.
+    inputs = x.shape[-1]
+    together = math.lcm(inputs, 64) // inputs
+    together = together if math.prod(x.shape[:-1]) % together == 0 else 1
+    wide, mask, d = (y.reshape(-1, together * inputs) for y in (x, mask, d))
+    d_mask = d * wide
+    d_bias = jnp.sum(d_mask.astype(jnp.float32), axis=0).reshape(together, inputs).sum(axis=0)
+    d_x = d * (mask + jnp.tile(bias, together))
+    return d_x.reshape(x.shape).astype(x.dtype), d_mask.reshape(x.shape).astype(mask.dtype), d_bias.astype(bias.dtype)
+
+
+_masked.defvjp(_masked_forward, _masked_backward)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> nnx.Param:

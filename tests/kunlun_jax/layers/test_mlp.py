@@ -1,7 +1,11 @@
 """MLP and MaskNet equal their formulas."""
 
+import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import plain
+import pytest
 from flax import nnx
 
 from kunlun_jax.layers.mlp import MLP, MaskNet
@@ -21,6 +25,24 @@ def test_masknet_compresses_what_its_own_mask_scales():
     x = rng.normal(size=(2, 7, 5))
     expected = plain.mlp(module.compress, x * plain.mlp(module.mask, x))
     np.testing.assert_allclose(plain.run(module, x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [16, 7])  # folded to a multiple of 64 columns, and not
+def test_masknet_gradients_equal_automatic_ones(rows):
+    rng = np.random.default_rng(2)
+    module = plain.build(lambda: MaskNet(24, 8, dtype="float32", rngs=nnx.Rngs(0)), rng)
+    x = jnp.asarray(rng.normal(size=(2, rows, 24)), jnp.float32)
+    graph, params = nnx.split(module)
+
+    def automatic(params, x):
+        module = nnx.merge(graph, params)
+        return module.compress(x * module.mask(x))
+
+    found, expected = (
+        jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1))(params, x)
+        for f in (lambda params, x: nnx.merge(graph, params)(x), automatic)
+    )
+    chex.assert_trees_all_close(found, expected, rtol=2e-4, atol=2e-5)
 
 
 def test_masknet_starts_with_fields_that_pass():
