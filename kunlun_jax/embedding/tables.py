@@ -142,7 +142,8 @@ def _read_together(
 ) -> dict[str, Float[Array, "*rest width"]]:
     """Fields of one id each. One reading for all: its gradient is then one array of the table's size, not one each."""
     names = [name for name in places if name in single]
-    flat = jnp.concatenate([places[name].reshape(-1) for name in names])
+    # Behind the barrier the ids are joined once, not again for every column that is read.
+    flat = lax.optimization_barrier(jnp.concatenate([places[name].reshape(-1) for name in names]))
     read = _read(rows, flat)
     parts = jnp.split(read, np.cumsum([places[name].size for name in names])[:-1])
     return {name: x.reshape(*places[name].shape[:-1], -1) for name, x in zip(names, parts, strict=True)}

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, get_args
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float
 
 from kunlun_jax.batch import EmbeddedBatch, to_samples
@@ -101,8 +102,10 @@ class EventTokens(nnx.Module):
         self.join = MaskNet(event_inputs(schema, event), width, dtype=dtype, rngs=rngs)
 
     def __call__(self, events: Jagged) -> Jagged:
-        columns = [events.values[field.name] for field in self.event.sparse]
-        columns += [_numbers(self.event, events), jnp.log1p(later_events(events))[..., None] / 2 - 1]
+        numbers = [_numbers(self.event, events), jnp.log1p(later_events(events))[..., None] / 2 - 1]
+        # Behind the barrier XLA computes them once, not again for every column that they are joined with.
+        numbers = lax.optimization_barrier(jnp.concatenate(numbers, axis=-1))
+        columns = [*(events.values[field.name] for field in self.event.sparse), numbers]
         # What lies outside every sample is undefined, and a NaN there would reach the gradients of the parameters.
         x = jnp.where(inside_samples(events)[..., None], jnp.concatenate(columns, axis=-1), 0)
         return events.with_values(self.join(x.astype(self.dtype)))
