@@ -6,6 +6,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels.rows import normalise, normalise_back, row_pass
+
 EPSILON = 1e-5
 
 
@@ -44,15 +46,15 @@ def _split_norm(x):
 
 
 def _split_norm_forward(x):
-    mean, factor = _statistics(x)
-    return (x, ((x.astype(jnp.float32) - mean) * factor).astype(x.dtype)), x
+    return (x, row_pass(lambda x: normalise(x, EPSILON)[0], x, name="split_norm")), x
 
 
 def _split_norm_backward(x, gradients):
-    mean, factor = _statistics(x)  # again: kept ones would cost a pass of their own
+    def of_rows(x, d_residual, d):
+        return normalise_back(d, *normalise(x, EPSILON)) + d_residual  # statistics again: kept ones would cost a pass
+
     # The barrier lets the products that end here add up in their own results; XLA would add them in this pass instead.
-    d_residual, d = (g.astype(jnp.float32) for g in lax.optimization_barrier(gradients))
-    return ((_to_rows(d, (x.astype(jnp.float32) - mean) * factor, factor) + d_residual).astype(x.dtype),)
+    return (row_pass(of_rows, x, *lax.optimization_barrier(gradients), name="split_norm_backward"),)
 
 
 _split_norm.defvjp(_split_norm_forward, _split_norm_backward)

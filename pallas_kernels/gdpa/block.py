@@ -1,10 +1,10 @@
 """The PFFN block: LayerNorm, GDPA, residual, RMSNorm, residual.
 
 The norms span all heads of a row. The forward pass is one kernel where an SM can hold all heads of a tile of queries
-(`mosaic_block`); the GDPA kernels see one head at a time. Elsewhere, and in the backward pass, the norms are XLA's,
-written so that XLA makes one kernel of each side of GDPA, which reads and writes every tensor once: rows are flat, as
-XLA only keeps a row in registers over its last axis, and the gradients are in closed form, where automatic ones pass
-over the rows several times.
+(`mosaic_block`); the GDPA kernels see one head at a time. Elsewhere, and in the backward pass, the norms are one pass
+over the rows on each side of GDPA, which reads and writes every tensor once: rows are flat, and the gradients are in
+closed form, where automatic ones pass over the rows several times. Wide rows go through `pallas_kernels.rows`' kernel,
+narrow ones through XLA's, which only keeps a row in registers over its last axis.
 """
 
 import functools
@@ -19,6 +19,7 @@ from pallas_kernels.gdpa import reference as reference_module
 from pallas_kernels.gdpa import xla as xla_module
 from pallas_kernels.gdpa.mosaic_block import block_forward, block_tiles
 from pallas_kernels.jagged import segments, vary_together
+from pallas_kernels.rows import along, mean, normalise, normalise_back, row_pass
 
 
 def compose(gdpa, q, k, v, *spans, eps: float, **static):
@@ -37,7 +38,7 @@ def compose(gdpa, q, k, v, *spans, eps: float, **static):
 def in_two_passes(gdpa, q, k, v, *spans, eps: float, **static):
     """`compose` with one pass over the rows before GDPA and one behind it, in each direction."""
     shape = q.shape
-    inside = _inside(spans, q)[:, None]
+    inside = _inside(spans, q)
 
     @jax.custom_vjp
     def block(q, k, v):
@@ -45,11 +46,15 @@ def in_two_passes(gdpa, q, k, v, *spans, eps: float, **static):
 
     def forward(q, k, v):
         q = _flat(q)
-        normed = _layer_norm(q, eps)[0].astype(q.dtype).reshape(shape)
+        normed = row_pass(lambda q: normalise(q, eps)[0], q, name="layer_norm").reshape(shape)
         attended, pull = jax.vjp(lambda x, k, v: gdpa(x, k, v, *spans, **static), normed, k, v)
-        mixed = _layer_norm(q, eps)[0].astype(q.dtype).astype(jnp.float32) + _flat(attended).astype(jnp.float32)
-        out = mixed * _rms(mixed, eps) + q.astype(jnp.float32)
-        return jnp.where(inside, out, 0).astype(q.dtype).reshape(shape), (q, attended, pull)
+
+        def finish(x, attended):
+            mixed = _mixed(x, attended, q.dtype, eps)
+            return mixed * along(_rms(mixed, eps), mixed) + x
+
+        out = row_pass(finish, q, _flat(attended), name="gdpa_block_norm", inside=inside)
+        return out.reshape(shape), (q, attended, pull)
 
     def backward(residuals, d_out):
         q, attended, pull = residuals
@@ -63,20 +68,20 @@ def _pull_back(q, attended, d_out, inside, pull, eps):
     """Gradients of q, k and v from q [N, H·D] and GDPA's result [N, H, D]; pull: GDPA's gradients from its result's."""
     shape, attended, d_out = d_out.shape, _flat(attended), _flat(d_out)
 
-    def d_mixed():
-        mixed = _layer_norm(q, eps)[0].astype(q.dtype).astype(jnp.float32) + attended.astype(jnp.float32)
-        rms, d = _rms(mixed, eps), d_out.astype(jnp.float32)
-        normed = mixed * rms
-        d = rms * (d - normed * jnp.mean(d * normed, axis=1, keepdims=True))
-        return jnp.where(inside, d, 0).astype(q.dtype)
+    def d_mixed(x, attended, d):
+        mixed = _mixed(x, attended, q.dtype, eps)
+        rms = _rms(mixed, eps)
+        normed = mixed * along(rms, mixed)
+        return along(rms, mixed) * (d - normed * along(mean(d * normed), mixed))
 
-    d_attended = lax.optimization_barrier(d_mixed())
+    def d_q(x, d_normed, d_attended, d_out):
+        return normalise_back(d_normed + d_attended, *normalise(x, eps)) + d_out
+
+    d_attended = row_pass(d_mixed, q, attended, d_out, name="gdpa_block_norm_backward", inside=inside)
+    d_attended = lax.optimization_barrier(d_attended)
     d_normed, d_k, d_v = pull(d_attended.reshape(shape))
-    normed, scale = _layer_norm(q, eps)
-    d = _flat(d_normed).astype(jnp.float32) + d_attended.astype(jnp.float32)
-    d = d - jnp.mean(d, axis=1, keepdims=True) - normed * jnp.mean(d * normed, axis=1, keepdims=True)
-    d = jnp.where(inside, d * scale + d_out.astype(jnp.float32), 0)
-    return d.astype(q.dtype).reshape(shape), d_k, d_v
+    d = row_pass(d_q, q, _flat(d_normed), d_attended, d_out, name="layer_norm_backward", inside=inside)
+    return d.reshape(shape), d_k, d_v
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -120,7 +125,7 @@ def _fused_backward(static, eps, residuals, d_out):
     def pull(d):
         return mosaic_module.backward(static, (normed, k, v, *spans), d)[:3]
 
-    grads = _pull_back(_flat(q), attended, d_out, _inside(spans, q)[:, None], pull, eps)
+    grads = _pull_back(_flat(q), attended, d_out, _inside(spans, q), pull, eps)
     return *grads, *(None,) * 4
 
 
@@ -137,17 +142,14 @@ def _inside(spans, q):
     return segments(spans[0], spans[1], q.shape[0]) < spans[0].shape[0]
 
 
-def _layer_norm(x, eps):
-    """LayerNorm of rows [N, F] in float32, and what it multiplied them by [N, 1]."""
-    x = x.astype(jnp.float32)
-    centred = x - jnp.mean(x, axis=1, keepdims=True)
-    scale = lax.rsqrt(jnp.mean(centred**2, axis=1, keepdims=True) + eps)
-    return centred * scale, scale
+def _mixed(x, attended, dtype, eps):
+    """What RMSNorm gets, from rows of q and of GDPA's result; LayerNorm's result is rounded to dtype."""
+    return normalise(x, eps)[0].astype(dtype).astype(jnp.float32) + attended
 
 
 def _rms(x, eps):
-    """One over the root mean square of rows [N, F], as [N, 1]."""
-    return lax.rsqrt(jnp.mean(x**2, axis=1, keepdims=True) + eps)
+    """One over the root mean square of each row."""
+    return lax.rsqrt(mean(x * x) + eps)
 
 
 def mosaic_gpu(q, k, v, *spans, eps: float, shared_keys=False, sms: int | None = None, interpret=None, **static):

@@ -1,0 +1,113 @@
+"""One pass over rows [N, F]: what becomes of every row of some arrays, its sums included, read once and written once.
+
+XLA keeps a row in registers only while it is narrow: from 512 columns on it reads the operands again for every sum
+along them. On Hopper wide rows go through a kernel of our own, in which a warp holds whole rows, so that a sum is a few
+shuffles between its lanes. Blocks are short and many; while some wait for their rows, others compute or store.
+
+Numerics: a pass computes in float32 and rounds once, to its first operand's dtype. Every row is written by one store,
+so two runs give the same bits.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels import hopper
+from pallas_kernels.jagged import vary_together
+
+WIDE, WIDEST = 512, 2048  # columns: from here on the kernel is the faster one; a lane's registers hold this many
+TILE = 4  # rows of a block of the kernel, one for each warp
+
+
+def row_pass(
+    body: Callable[..., Float[Array, "n F"]],
+    *operands: Float[Array, "N F"],
+    name: str,
+    inside: Bool[Array, "N"] | None = None,
+) -> Float[Array, "N F"]:
+    """body(*operands), row by row, in the dtype of the first operand.
+
+    body: from float32 rows of any number; sums over a row by `mean` and `along` alone.
+    name: of the kernel, in profiles.
+    inside: the other rows become zero, whatever they hold.
+    """
+    if kernel_takes(*operands):
+        return row_kernel(body, *operands, name=name, inside=inside)
+    out = body(*(x.astype(jnp.float32) for x in operands))
+    return (out if inside is None else jnp.where(inside[:, None], out, 0)).astype(operands[0].dtype)
+
+
+def mean(x: Float[Array, "n F"]) -> Float[Array, "n"]:
+    """The mean of each row."""
+    return jnp.sum(x, axis=1) * (1 / x.shape[1])
+
+
+def along(values: Float[Array, "n"], x: Float[Array, "n F"]) -> Float[Array, "n F"]:
+    """One value per row, along the rows of x."""
+    return lax.broadcast_in_dim(values, x.shape, (0,))
+
+
+def normalise(x: Float[Array, "n F"], eps: float) -> tuple[Float[Array, "n F"], Float[Array, "n"]]:
+    """Rows less their mean, over their standard deviation, and what they were multiplied by."""
+    centred = x - along(mean(x), x)
+    factor = lax.rsqrt(mean(centred * centred) + eps)
+    return centred * along(factor, x), factor
+
+
+def normalise_back(
+    d: Float[Array, "n F"], normed: Float[Array, "n F"], factor: Float[Array, "n"]
+) -> Float[Array, "n F"]:
+    """The gradient of rows from that of `normalise`'s, given its results."""
+    return along(factor, d) * (d - along(mean(d), d) - normed * along(mean(d * normed), d))
+
+
+def kernel_takes(*operands: Float[Array, "N F"]) -> bool:
+    """Does the kernel run a pass over these operands, and faster than XLA?"""
+    N, F = operands[0].shape
+    known = all(x.dtype in (jnp.bfloat16, jnp.float16) for x in operands)
+    fits = WIDE <= F <= WIDEST and F % 64 == 0 and N % TILE == 0
+    return known and fits and hopper.unsupported_device() is None
+
+
+def row_kernel(
+    body: Callable[..., Float[Array, "n F"]],
+    *operands: Float[Array, "N F"],
+    name: str,
+    inside: Bool[Array, "N"] | None = None,
+    interpret=None,
+) -> Float[Array, "N F"]:
+    """`row_pass` on Hopper; N a multiple of `TILE`, F of 64. interpret is for tests on a CPU."""
+    N, F = operands[0].shape
+    if N % TILE or F % 64:
+        raise ValueError(f"rows [{N}, {F}]: the kernel takes multiples of {TILE} rows and of 64 columns")
+    # Of each row a lane holds `vector` neighbouring elements in every 32 · vector columns: 16 bytes, or fewer.
+    vector = next(n for n in (8, 4, 2) if F % (32 * n) == 0)
+    tiling = plgpu.Tiling(((TILE, 32 * vector), (vector,)))
+    layout = plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+    masks = () if inside is None else (inside.astype(jnp.int32),)
+    inputs = vary_together(*operands, *masks)
+
+    def kernel(*refs):
+        rows = pl.ds(lax.axis_index("tile") * TILE, TILE)
+        loaded = [plgpu.load(x.at[rows], layout=layout, optimized=False) for x in refs[: len(operands)]]
+        out = body(*(x.astype(jnp.float32) for x in loaded))
+        if masks:
+            kept = plgpu.load(refs[len(operands)].at[rows], layout=layout.reduce(1), optimized=False)
+            out = jnp.where(along(kept, out) > 0, out, 0.0)
+        refs[-1][rows] = out.astype(refs[-1].dtype)
+
+    out = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((N, F), operands[0].dtype),
+        grid=(N // TILE,),
+        grid_names=("tile",),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+        kernel_name=name,
+        interpret=interpret,
+    )(*inputs)
+    return vary_together(out, inputs[0])[0]

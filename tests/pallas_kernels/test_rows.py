@@ -1,0 +1,167 @@
+"""Passes over rows without a GPU: interpret mode with race detection, lowering, which calls the kernel takes."""
+
+import functools
+
+import interpreter
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import hopper, rows
+from pallas_kernels.gdpa import block, reference, xla
+from pallas_kernels.jagged import varying
+
+EPS = 1e-5
+
+
+def back(x, d_residual, d):
+    """The gradient of a norm and of the residual beside it: every sum there is."""
+    return rows.normalise_back(d, *rows.normalise(x, EPS)) + d_residual
+
+
+def arrays(count, N, F, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal((N, F)) + i, dtype) for i in range(count)]
+
+
+def relative(a, b):
+    a, b = (np.asarray(x, np.float32) for x in (a, b))
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize(
+    ("N", "F", "dtype", "masked"),
+    [(12, 384, jnp.bfloat16, True), (8, 64, jnp.float16, False), (4, 512, jnp.bfloat16, True)],
+)
+def test_interpreted_kernel(N, F, dtype, masked):
+    interpreter.install()
+    operands = arrays(3, N, F, dtype)
+    inside = jnp.arange(N) % 3 > 0 if masked else None
+    if masked:
+        operands = [jnp.where(inside[:, None], x, jnp.nan) for x in operands]
+    got = rows.row_kernel(back, *operands, name="rows", inside=inside, interpret=interpreter.RACES)
+    assert got.dtype == dtype
+    wide = rows.row_pass(back, *(x.astype(jnp.float32) for x in operands), name="rows", inside=inside)
+    if masked:
+        assert not np.any(np.asarray(got, np.float32)[~np.asarray(inside)])
+    assert relative(got, wide) <= 1.2 * relative(wide.astype(dtype), wide)
+
+
+def test_the_pass_is_automatic_differentiation_of_its_definition():
+    x, d_residual, d = arrays(3, 5, 12, jnp.float32)
+
+    def definition(x):
+        return x, (x - x.mean(1, keepdims=True)) / jnp.sqrt(x.var(1, keepdims=True) + EPS)
+
+    (wanted,) = jax.vjp(definition, x)[1]((d_residual, d))
+    np.testing.assert_allclose(rows.row_pass(back, x, d_residual, d, name="rows"), wanted, atol=1e-5)
+    np.testing.assert_allclose(rows.normalise(x, EPS)[0], definition(x)[1], atol=1e-5)
+
+
+@pytest.mark.parametrize(("N", "F"), [(1002, 512), (1000, 544)])
+def test_odd_shapes_are_refused(N, F):
+    with pytest.raises(ValueError, match=rf"rows \[{N}, {F}\]: the kernel takes multiples of 4 rows and of 64 columns"):
+        rows.row_kernel(back, *(jnp.zeros((N, F), jnp.bfloat16),) * 3, name="rows")
+
+
+# --- for sm_90
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    monkeypatch.setattr(hopper, "unsupported_device", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("N", "F", "dtype", "taken"),
+    [
+        (1000, 512, jnp.bfloat16, True),
+        (1000, 2048, jnp.float16, True),
+        (1002, 512, jnp.bfloat16, False),
+        (1000, 544, jnp.bfloat16, False),
+        (1000, 448, jnp.bfloat16, False),
+        (1000, 2112, jnp.bfloat16, False),
+        (1000, 512, jnp.float32, False),
+    ],
+)
+def test_calls_that_gain_take_the_kernel(N, F, dtype, taken, on_hopper, monkeypatch):
+    x = jnp.zeros((N, F), dtype)
+    monkeypatch.setattr(rows, "row_kernel", lambda *_, **__: "kernel")
+    got = rows.row_pass(back, x, x, x, name="rows")
+    assert isinstance(got, str) == taken
+
+
+def test_other_devices_keep_xla():
+    assert not rows.kernel_takes(jnp.zeros((1000, 512), jnp.bfloat16))
+
+
+@pytest.mark.parametrize(("F", "dtype", "masked"), [(576, jnp.bfloat16, True), (2048, jnp.float16, False)])
+def test_every_choice_is_lowered(F, dtype, masked):
+    x = jax.ShapeDtypeStruct((1000, F), dtype)
+    inside = [jax.ShapeDtypeStruct((1000,), jnp.bool_)] * masked
+
+    def f(*x):
+        return rows.row_kernel(back, *x[:3], name="rows", inside=x[3] if masked else None)
+
+    assert "mosaic_gpu" in interpreter.lower_for_hopper(f, x, x, x, *inside)
+
+
+def test_several_shards_are_lowered(on_hopper):
+    x, inside = (jax.ShapeDtypeStruct((2, 1000, *f), t) for f, t in (((512,), jnp.bfloat16), ((), jnp.bool_)))
+
+    def f(x, inside):
+        return rows.row_pass(back, x, x, x, name="rows", inside=inside)
+
+    assert "mosaic_gpu" in interpreter.lower_for_hopper(jax.vmap(f), x, inside)
+
+
+# --- the PFFN block around them
+
+STATIC = dict(max_q_length=6, max_kv_length=3, activation=("relu2",) * 4, scale=0.5, post_scale=0.7, eps=EPS)
+
+
+def block_operands():
+    q, do, k, v = (
+        x.reshape(x.shape[0], 4, 16) for x in (*arrays(2, 16, 64, jnp.bfloat16), *arrays(2, 8, 64, jnp.bfloat16, 1))
+    )
+    spans = [jnp.array(x, jnp.int32) for x in ([1, 8], [6, 5], [0, 4], [3, 2])]
+    outside = np.r_[0, 7, 13:16]
+    return (q.at[outside].set(jnp.nan), k, v, do.at[outside].set(jnp.nan)), spans, outside
+
+
+def pulled_back(f, q, k, v, do):
+    out, pull = jax.vjp(f, q, k, v)
+    return out, *pull(do)
+
+
+def test_the_block_through_the_interpreted_kernel(monkeypatch):
+    interpreter.install()
+    operands, spans, outside = block_operands()
+
+    def run(f, gdpa):
+        return jax.jit(lambda *x: pulled_back(lambda *x: f(gdpa, *x, *spans, **STATIC), *x))(*operands)
+
+    wanted = run(block.compose, reference.reference)
+    monkeypatch.setattr(block, "row_pass", functools.partial(rows.row_kernel, interpret=interpreter.RACES))
+    got = run(block.in_two_passes, xla.xla)
+    for name, a, b in zip(("out", "q", "k", "v"), got, wanted, strict=True):
+        assert relative(a, b) <= 1e-2, name
+    for x in got[:2]:
+        assert not np.any(np.asarray(x, np.float32)[outside])
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_under_shard_map_results_vary_as_their_operands(split, on_hopper):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    (*qkv, do), spans, _ = block_operands()
+    q, k, v, do = (jnp.zeros((2 * len(x) if split else len(x), 4, 128), jnp.bfloat16) for x in (*qkv, do))
+
+    def f(q, k, v, do, spans):
+        grads = pulled_back(lambda *x: block.in_two_passes(xla.xla, *x, *spans, **STATIC), q, k, v, do)
+        assert all(varying(x) == varying(q) == ({"data"} if split else set()) for x in grads)
+        return grads
+
+    spec = jax.P("data") if split else jax.P()
+    mapped = jax.shard_map(f, mesh=mesh, in_specs=(*(spec,) * 4, jax.P()), out_specs=spec)
+    assert "gdpa_block_norm_backward" in str(jax.make_jaxpr(mapped)(q, k, v, do, spans))
