@@ -1,7 +1,7 @@
 """One pass over rows [N, F]: what becomes of every row of some arrays, its sums included, read once and written once.
 
-XLA keeps a row in registers only while it is narrow: from 512 columns on it reads the operands again for every sum
-along them. On Hopper wide rows go through a kernel of our own, in which a warp holds whole rows, so that a sum is a few
+XLA keeps a row in registers only while it is narrow: the wider it is, and the more operands it has, the more of them
+are read again for the sums along it. In the kernel here a warp of a Hopper GPU holds whole rows, so that a sum is a few
 shuffles between its lanes. Blocks are short and many; while some wait for their rows, others compute or store.
 
 Numerics: a pass computes in float32 and rounds once, to its first operand's dtype. Every row is written by one store,
@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels import hopper
 from pallas_kernels.jagged import vary_together
 
-WIDE, WIDEST = 512, 2048  # columns: from here on the kernel is the faster one; a lane's registers hold this many
-TILE = 4  # rows of a block of the kernel, one for each warp
+WIDTHS = range(128, 2048 + 1, 64)  # columns of the kernel; a lane's registers hold no more
+WARPS = 4
 
 
 def row_pass(
@@ -67,11 +67,16 @@ def normalise_back(
 
 
 def kernel_takes(*operands: Float[Array, "N F"]) -> bool:
-    """Does the kernel run a pass over these operands, and faster than XLA?"""
+    """Does the kernel run a pass over these operands, and faster than XLA? A single operand XLA reads as fast."""
     N, F = operands[0].shape
     known = all(x.dtype in (jnp.bfloat16, jnp.float16) for x in operands)
-    fits = WIDE <= F <= WIDEST and F % 64 == 0 and N % TILE == 0
-    return known and fits and hopper.unsupported_device() is None
+    fits = F in WIDTHS and N % tile_rows(F) == 0
+    return len(operands) > 1 and known and fits and hopper.unsupported_device() is None
+
+
+def tile_rows(F: int) -> int:
+    """Rows of a block of the kernel: one for each warp, narrow ones in pairs."""
+    return 2 * WARPS if F < 256 else WARPS
 
 
 def row_kernel(
@@ -81,19 +86,20 @@ def row_kernel(
     inside: Bool[Array, "N"] | None = None,
     interpret=None,
 ) -> Float[Array, "N F"]:
-    """`row_pass` on Hopper; N a multiple of `TILE`, F of 64. interpret is for tests on a CPU."""
+    """`row_pass` on Hopper; N a multiple of `tile_rows(F)`. interpret is for tests on a CPU."""
     N, F = operands[0].shape
-    if N % TILE or F % 64:
-        raise ValueError(f"rows [{N}, {F}]: the kernel takes multiples of {TILE} rows and of 64 columns")
+    tile = tile_rows(F)
+    if N % tile or F not in WIDTHS:
+        raise ValueError(f"rows [{N}, {F}]: the kernel takes multiples of {tile} rows and 128, 192, …, 2048 columns")
     # Of each row a lane holds `vector` neighbouring elements in every 32 · vector columns: 16 bytes, or fewer.
     vector = next(n for n in (8, 4, 2) if F % (32 * n) == 0)
-    tiling = plgpu.Tiling(((TILE, 32 * vector), (vector,)))
+    tiling = plgpu.Tiling(((WARPS, 32 * vector), (vector,)))
     layout = plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
     masks = () if inside is None else (inside.astype(jnp.int32),)
     inputs = vary_together(*operands, *masks)
 
     def kernel(*refs):
-        rows = pl.ds(lax.axis_index("tile") * TILE, TILE)
+        rows = pl.ds(lax.axis_index("tile") * tile, tile)
         loaded = [plgpu.load(x.at[rows], layout=layout, optimized=False) for x in refs[: len(operands)]]
         out = body(*(x.astype(jnp.float32) for x in loaded))
         if masks:
@@ -104,7 +110,7 @@ def row_kernel(
     out = plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((N, F), operands[0].dtype),
-        grid=(N // TILE,),
+        grid=(N // tile,),
         grid_names=("tile",),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         kernel_name=name,

@@ -3,8 +3,8 @@
 The norms span all heads of a row. The forward pass is one kernel where an SM can hold all heads of a tile of queries
 (`mosaic_block`); the GDPA kernels see one head at a time. Elsewhere, and in the backward pass, the norms are one pass
 over the rows on each side of GDPA, which reads and writes every tensor once: rows are flat, and the gradients are in
-closed form, where automatic ones pass over the rows several times. Wide rows go through `pallas_kernels.rows`' kernel,
-narrow ones through XLA's, which only keeps a row in registers over its last axis.
+closed form, where automatic ones pass over the rows several times. What `pallas_kernels.rows`' kernel doesn't take is
+XLA's, which only keeps a row in registers over its last axis.
 """
 
 import functools

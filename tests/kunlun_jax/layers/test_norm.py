@@ -1,14 +1,19 @@
 """LayerNorm's gradient in closed form against automatic differentiation of its definition."""
 
+import functools
+
 import chex
+import interpreter
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from kunlun_jax.layers import norm
 from kunlun_jax.layers.mlp import beside_parts, in_parts, linear, mix_tokens
 from kunlun_jax.layers.norm import EPSILON, layer_norm, split_norm
+from pallas_kernels.rows import row_kernel
 
 
 def plain(x, scale, bias):
@@ -48,6 +53,21 @@ def test_split_norm_passes_its_operand_on_and_adds_both_gradients(shape):
 
     chex.assert_trees_all_close(split_norm(x), definition(x), atol=1e-5)
     np.testing.assert_allclose(jax.grad(loss(split_norm))(x), jax.grad(loss(definition))(x), atol=2e-5)
+
+
+def test_split_norm_through_the_interpreted_kernel(monkeypatch):
+    x, *gradients = (
+        jax.random.normal(key, (2, 8, 128), jnp.bfloat16) for key in jax.random.split(jax.random.key(1), 3)
+    )
+
+    def run(dtype):
+        out, pull = jax.vjp(split_norm, x.astype(dtype))
+        return [np.asarray(y, np.float32) for y in (*out, *pull(tuple(g.astype(dtype) for g in gradients)))]
+
+    wanted = run(jnp.float32)
+    monkeypatch.setattr(norm, "row_pass", functools.partial(row_kernel, interpret=interpreter.RACES))
+    for name, a, b in zip(("x", "normed", "gradient"), run(jnp.bfloat16), wanted, strict=True):
+        assert np.linalg.norm(a - b) <= 4e-3 * np.linalg.norm(b), name
 
 
 def test_narrow_rows_give_narrow_results_and_float32_gradients_of_the_parameters():
