@@ -15,6 +15,8 @@ from bench_attention import WINDOW_SHAPES, seed_cases, window_cases
 from kernel_timing import Case, plot_roofline, time_all
 from torch_rivals import flex_rows, gdpa_rows
 
+from pallas_kernels.rows import along, mean, normalise, normalise_back, row_kernel, row_pass_in_xla
+
 RESULTS = pathlib.Path("experiments/results")
 
 
@@ -174,6 +176,47 @@ def seed_pooling(config: Bench) -> None:
     plot_roofline(rows, path.with_suffix(".png"), f"Seed attention on one {jax.devices()[0].device_kind}, bfloat16")
 
 
+def row_passes(config: Bench) -> None:
+    """Passes over rows, the block's end and the gradient of a norm beside a residual: bench_row_passes.json."""
+    about = dict(dtype="bfloat16", what="share_of_roof is that of the copy's bandwidth")
+    time_all(row_cases(), config.out / "bench_row_passes.json", only=config.only, rounds=config.rounds, about=about)
+
+
+def row_cases() -> list[Case]:
+    """Rows of the presets' widths, 0.2 to 0.6 GB per array."""
+    return [
+        Case(
+            f"[{N}, {F}], {arrays} arrays to one",
+            implementation,
+            direction,
+            functools.partial(run, body),
+            functools.partial(_rows, arrays, N, F),
+            flops=0.0,
+            bytes=2.0 * (arrays + 1) * N * F,
+        )
+        for N, F in ((800_000, 128), (800_000, 256), (416_000, 512), (416_000, 768), (256_000, 1024))
+        for direction, arrays, body in (("forward", 2, _block_end), ("backward", 3, _norm_gradient))
+        for implementation, run in (
+            ("xla", row_pass_in_xla),
+            ("mosaic_gpu", functools.partial(row_kernel, name="rows")),
+        )
+    ]
+
+
+def _rows(arrays: int, N: int, F: int) -> tuple[jax.Array, ...]:
+    pool = np.random.default_rng(0).standard_normal(1_000_003, np.float32).astype(jnp.bfloat16)
+    return tuple(jnp.asarray(np.resize(pool[i:], (N, F))) for i in range(arrays))
+
+
+def _block_end(x, attended):
+    mixed = normalise(x, 1e-5)[0] + attended
+    return mixed * along(jax.lax.rsqrt(mean(mixed * mixed) + 1e-5), mixed) + x
+
+
+def _norm_gradient(x, d_residual, d):
+    return normalise_back(d, *normalise(x, 1e-5)) + d_residual
+
+
 if __name__ == "__main__":
-    configured = {f.__name__: f for f in (gdpa, gdpa_block, sliding_window, seed_pooling)}
+    configured = {f.__name__: f for f in (gdpa, gdpa_block, sliding_window, seed_pooling, row_passes)}
     tyro.extras.subcommand_cli_from_dict(configured, config=(tyro.conf.OmitArgPrefixes,))

@@ -38,8 +38,7 @@ def row_pass(
     """
     if kernel_takes(*operands):
         return row_kernel(body, *operands, name=name, inside=inside)
-    out = body(*(x.astype(jnp.float32) for x in operands))
-    return (out if inside is None else jnp.where(inside[:, None], out, 0)).astype(operands[0].dtype)
+    return row_pass_in_xla(body, *operands, inside=inside)
 
 
 def mean(x: Float[Array, "n F"]) -> Float[Array, "n"]:
@@ -77,6 +76,14 @@ def kernel_takes(*operands: Float[Array, "N F"]) -> bool:
 def tile_rows(F: int) -> int:
     """Rows of a block of the kernel: one for each warp, narrow ones in pairs."""
     return 2 * WARPS if F < 256 else WARPS
+
+
+def row_pass_in_xla(
+    body: Callable[..., Float[Array, "n F"]], *operands: Float[Array, "N F"], inside: Bool[Array, "N"] | None = None
+) -> Float[Array, "N F"]:
+    """`row_pass` anywhere."""
+    out = body(*(x.astype(jnp.float32) for x in operands))
+    return (out if inside is None else jnp.where(inside[:, None], out, 0)).astype(operands[0].dtype)
 
 
 def row_kernel(
