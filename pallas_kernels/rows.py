@@ -6,6 +6,8 @@ shuffles between its lanes. Blocks are short and many; while some wait for their
 
 Numerics: a pass computes in float32 and rounds once, to its first operand's dtype. Every row is written by one store,
 so two runs give the same bits.
+
+Limits of the kernel: bfloat16 and float16, widths of `WIDTHS`, whole tiles of rows. All else is XLA's.
 """
 
 from collections.abc import Callable
@@ -69,7 +71,7 @@ def kernel_takes(*operands: Float[Array, "N F"]) -> bool:
     """Does the kernel run a pass over these operands, and faster than XLA? A single operand XLA reads as fast."""
     N, F = operands[0].shape
     known = all(x.dtype in (jnp.bfloat16, jnp.float16) for x in operands)
-    fits = F in WIDTHS and N % tile_rows(F) == 0
+    fits = F in WIDTHS and N > 0 and N % tile_rows(F) == 0
     return len(operands) > 1 and known and fits and hopper.unsupported_device() is None
 
 

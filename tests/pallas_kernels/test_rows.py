@@ -79,6 +79,7 @@ def on_hopper(monkeypatch):
         (1004, 256, jnp.bfloat16, True),
         (1000, 2048, jnp.float16, True),
         (1002, 512, jnp.bfloat16, False),
+        (0, 512, jnp.bfloat16, False),
         (1000, 544, jnp.bfloat16, False),
         (1004, 192, jnp.bfloat16, False),
         (1000, 64, jnp.bfloat16, False),
