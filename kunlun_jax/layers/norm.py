@@ -18,15 +18,21 @@ class LayerNorm(nnx.LayerNorm):
     """
 
     def __call__(self, x: Float[Array, "*rest width"]) -> Float[Array, "*rest width"]:
-        flat = x.reshape(-1, x.shape[-1])  # XLA keeps a row in registers over the last of two axes only
         assert self.scale is not None  # nnx.LayerNorm can do without; `layer_norm` makes none of those
         assert self.bias is not None
-        return _layer_norm(flat, self.scale[...], self.bias[...]).astype(self.dtype).reshape(x.shape)
+        return norm_of_groups(x[None], self.scale[None], self.bias[None]).astype(self.dtype)[0]
 
 
 def layer_norm(width: int, *, dtype: str, rngs: nnx.Rngs) -> LayerNorm:
     """LayerNorm with eps 1e-5, statistics and parameters in float32, output in `dtype`."""
     return LayerNorm(width, epsilon=EPSILON, dtype=jnp.dtype(dtype), param_dtype=jnp.float32, rngs=rngs)
+
+
+def norm_of_groups(
+    x: Float[Array, "M *rest width"], scale: Float[Array, "M width"], bias: Float[Array, "M width"]
+) -> Float[Array, "M *rest width"]:
+    """LayerNorm of M groups of rows, each with a scale and a bias of its own; float32."""
+    return _layer_norm(x.reshape(x.shape[0], -1, x.shape[-1]), scale, bias).reshape(x.shape)
 
 
 def split_norm(x: Float[Array, "*rest width"]) -> tuple[Float[Array, "*rest width"], Float[Array, "*rest width"]]:
@@ -62,8 +68,9 @@ _split_norm.defvjp(_split_norm_forward, _split_norm_backward)
 
 @jax.custom_vjp
 def _layer_norm(x, scale, bias):
-    mean, factor = _statistics(x)
-    return (x.astype(jnp.float32) - mean) * factor * scale + bias
+    rows, scale, bias = _rows(x, scale, bias)
+    mean, factor = _statistics(rows)
+    return ((rows.astype(jnp.float32) - mean) * factor * scale + bias).reshape(x.shape)
 
 
 def _forward(x, scale, bias):
@@ -72,15 +79,22 @@ def _forward(x, scale, bias):
 
 def _backward(residuals, d):
     x, scale = residuals
-    mean, factor = _statistics(x)
-    dx = _to_rows(d * scale, (x.astype(jnp.float32) - mean) * factor, factor)
+    rows, d_rows, along = _rows(x, d, scale)
+    mean, factor = _statistics(rows)
+    dx = _to_rows(d_rows * along, (rows.astype(jnp.float32) - mean) * factor, factor)
     # The barrier keeps the sums over columns from asking the pass over rows for a float32 array of products.
     mean_again, factor_again = lax.optimization_barrier((mean, factor))
-    normed = (x.astype(jnp.float32) - mean_again) * factor_again
-    return dx.astype(x.dtype), jnp.sum(d * normed, axis=0), jnp.sum(d, axis=0)
+    normed = ((rows.astype(jnp.float32) - mean_again) * factor_again).reshape(x.shape)
+    return dx.astype(x.dtype).reshape(x.shape), jnp.sum(d * normed, axis=1), jnp.sum(d, axis=1)
 
 
 _layer_norm.defvjp(_forward, _backward)
+
+
+def _rows(x, *others):
+    """[M, R, F] and what broadcasts to it as rows [M·R, F]: XLA keeps a row in registers over the last of two axes."""
+    others = (y[:, None] if y.ndim < x.ndim else y for y in others)
+    return tuple(jnp.broadcast_to(y, x.shape).reshape(-1, x.shape[-1]) for y in (x, *others))
 
 
 def _to_rows(d, normed, factor):

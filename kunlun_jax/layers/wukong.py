@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kunlun_jax.layers.mlp import cast, mix_tokens
+from kunlun_jax.layers.norm import norm_of_groups
 from kunlun_jax.sharding import ExpertParam, from_experts, to_experts
 
 ExpertInputs = Literal["sliced", "all"]
@@ -110,11 +111,9 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> ExpertParam
 
 
 def _layer_norm(x, scale, bias, dtype):
-    """LayerNorm over the last axis in float32, eps 1e-5; scale and bias lead with the expert axis."""
-    x = x.astype(jnp.float32)
-    x = x - x.mean(-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
-    return (x * scale[...] + bias[...]).astype(dtype)
+    """LayerNorm over the last axis, eps 1e-5, a scale and a bias per expert, the leading axis."""
+    scale, bias = (y[...].reshape(y.shape[0], -1) for y in (scale, bias))
+    return norm_of_groups(x, scale, bias).astype(dtype)
 
 
 def _pass_first(experts, m, n, expert_inputs):
