@@ -36,21 +36,28 @@ def attention_dkv(
     delta,
     angles=None,
     *,
+    heads: common.Heads,
+    target: Any = None,
     rotates: bool = False,
     scale: float,
     sms: int,
     interpret=None,
 ):
-    """(dk, dv); angles and rotates as for `attention_dq`."""
+    """[dk, dv], or of one array that has k and v the gradient; angles and rotates as for `attention_dq`.
+
+    target: a reference to such an array, whose heads of k and v are overwritten; then nothing is returned.
+    """
+    static = dict(work=work, heads=heads, rotates=rotates, scale=scale, sms=sms, interpret=interpret)
+    gradients = [common.like(v)] if heads.keys_beside_values else [common.like(k), common.like(v)]
     return common.persistent(
-        functools.partial(_dkv, work=work, rotates=rotates, scale=scale, sms=sms, interpret=interpret),
+        functools.partial(_dkv, **static),
         name="attention_dkv",
-        out_type=[common.like(k), common.like(v)],
+        out_type=[] if target is not None else gradients,
         scratch=dkv_scratch(q.dtype, q.shape[2] // hopper.PANEL, rotates=rotates, interpret=interpret),
         sms=sms,
         threads=WARPGROUPS + 1,
         interpret=interpret,
-        operands=(*tables, *(angles or ()), q, k, v, dout, statistics, delta),
+        operands=(*tables, *(angles or ()), q, k, v, dout, statistics, delta, *([] if target is None else [target])),
     )
 
 
@@ -82,17 +89,20 @@ def _dkv(
     held_ready: Any = None,
     ready: Any = None,
     work,
+    heads,
     rotates,
     scale,
     sms,
     interpret,
 ):
-    *tables, q_gmem, k_gmem, v_gmem, dout_gmem, statistics_gmem, delta_gmem, dk_gmem, dv_gmem = refs
+    refs, targets = (refs[:-1], refs[-1:] * 2) if heads.keys_beside_values else (refs[:-2], refs[-2:])
+    *tables, q_gmem, k_gmem, v_gmem, dout_gmem, statistics_gmem, delta_gmem = refs
+    first_heads = heads.first_k, heads.first_v
     tables, angles = common.tables_and_angles(work, tables)
     if not rotates:
         held_ready, ready = held_full, full
-    kv_heads, width = k_gmem.shape[1:]
-    group, panels, dtype = q_gmem.shape[1] // kv_heads, width // hopper.PANEL, q_gmem.dtype
+    group, width, dtype = heads.group, q_gmem.shape[2], q_gmem.dtype
+    panels = width // hopper.PANEL
     slots = full.shape[0]
     (held_tma, held_mma), (passing_tma, passing_mma) = (
         hopper.row_views(x, interpret=interpret) for x in (held_smem, passing_smem)
@@ -102,7 +112,7 @@ def _dkv(
     zero = jnp.int32(0)
 
     def over_tiles(body, carry):
-        walk = work.kv_walk(tables, sm, heads=kv_heads, sms=sms, warpgroups=WARPGROUPS)
+        walk = work.kv_walk(tables, sm, heads=heads.kv, sms=sms, warpgroups=WARPGROUPS)
         return common.over_tiles(walk, work.kv_item, body, carry)
 
     def blocks_seen(item, first, rows):
@@ -126,7 +136,7 @@ def _dkv(
 
                     for i, source in enumerate((k_gmem, v_gmem)):
                         target, row = held_tma.at[slot, w, i], item.kv_row + w * BLOCK
-                        common.load_rows(source, target, row, kv_head, held_full.at[barrier])
+                        common.load_rows(source, target, row, first_heads[i] + kv_head, held_full.at[barrier])
 
                 held_counts[w] += live.astype(jnp.int32)
             begin, end = blocks_seen(item, 0, item.rows)
@@ -153,9 +163,10 @@ def _dkv(
                     for i, source in enumerate((statistics_gmem, delta_gmem)):
                         plgpu.copy_gmem_to_smem(source.at[at], statistics_smem.at[slot, i], full.at[slot])
                     left = item.q_rows - first
-                    for i, (source, row) in enumerate(((q_gmem, item.q_row), (dout_gmem, item.out_row))):
+                    sources = (q_gmem, item.q_row, heads.first_q + head), (dout_gmem, item.out_row, head)
+                    for i, (source, row, source_head) in enumerate(sources):
                         target = passing_tma.at[slot, i]
-                        common.load_block(source, target, row + first, left, head, full.at[slot], tail_full)
+                        common.load_block(source, target, row + first, left, source_head, full.at[slot], tail_full)
 
                 def rotate_queries(j):
                     slot = common.modulo(count + j - begin, slots)
@@ -177,7 +188,8 @@ def _dkv(
         for w, n in enumerate(held_counts):
             common.drain(n, FIXED_SLOTS, lambda slot, w=w: held_empty.at[slot * WARPGROUPS + w])
         common.drain(count, slots, lambda slot: empty.at[slot])
-        gaps.fill(passing_mma.at[0, 0, 0], passing_tma.at[0, 0, 0], dk_gmem, dv_gmem)
+        filled = [(target, first, heads.kv) for target, first in zip(targets, first_heads, strict=True)]
+        gaps.fill(passing_mma.at[0, 0, 0], passing_tma.at[0, 0, 0], *filled)
 
     def compute():
         plgpu.set_max_registers(common.registers(WARPGROUPS, rotates, 2 * panels)[0], action="increase")
@@ -264,10 +276,10 @@ def _dkv(
                 dk = dk * scale
                 if angles is not None:
                     dk = rotary.turn_back(dk, angles, item.kv_row + first)
-                for i, (value, target) in enumerate(((dk, dk_gmem), (dv, dv_gmem))):
+                for i, value in enumerate((dk, dv)):
                     staging = held_tma.at[held_slot, warpgroup, i]
                     common.stage(value, staging)
-                    common.store_block(staging, target, item.kv_row + first, kv_head, rows)
+                    common.store_block(staging, targets[i], item.kv_row + first, first_heads[i] + kv_head, rows)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(held_empty.at[barrier])
 

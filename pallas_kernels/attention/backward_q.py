@@ -46,6 +46,8 @@ def attention_dq(
     statistics,
     angles=None,
     *,
+    heads: common.Heads,
+    room: int | None = None,
     rotates: bool = False,
     scale: float,
     sms: int,
@@ -55,12 +57,17 @@ def attention_dq(
 
     angles: of rotary encoding, an `Angles`: dq is turned back by them. rotates: q and k are rotated here too.
 
+    room: heads of the array that dq is written to, from heads.first_q on; the others are left for `attention_dkv`.
+
     Where all samples share the queries, dq is float32 [work.splits, H, rows, D], to be summed and scaled.
     """
-    shape = work.splits, q.shape[1], q.shape[0], q.shape[2]
-    dq = jax.ShapeDtypeStruct(shape, jnp.float32) if work.splits else common.like(q)
+    if work.splits:
+        dq = jax.ShapeDtypeStruct((work.splits, heads.q, q.shape[0], q.shape[2]), jnp.float32)
+    else:
+        dq = jax.ShapeDtypeStruct((q.shape[0], room or heads.q, q.shape[2]), q.dtype)
+    static = dict(work=work, heads=heads, rotates=rotates, scale=scale, sms=sms, interpret=interpret)
     return common.persistent(
-        functools.partial(_dq, work=work, rotates=rotates, scale=scale, sms=sms, interpret=interpret),
+        functools.partial(_dq, **static),
         name="attention_dq",
         out_type=[dq, common.like(statistics)],
         scratch=dq_scratch(q.dtype, q.shape[2] // hopper.PANEL, rotates=rotates, interpret=interpret),
@@ -97,6 +104,7 @@ def _dq(
     held_ready: Any = None,
     ready: Any = None,
     work,
+    heads,
     rotates,
     scale,
     sms,
@@ -106,8 +114,8 @@ def _dq(
     tables, angles = common.tables_and_angles(work, tables)
     if not rotates:
         held_ready, ready = held_full, full
-    heads, width = q_gmem.shape[1:]
-    group, panels, dtype = heads // k_gmem.shape[1], width // hopper.PANEL, q_gmem.dtype
+    width, dtype = q_gmem.shape[2], q_gmem.dtype
+    panels = width // hopper.PANEL
     slots = full.shape[0]
     (held_tma, held_mma), (passing_tma, passing_mma) = (
         hopper.row_views(x, interpret=interpret) for x in (held_smem, passing_smem)
@@ -116,7 +124,7 @@ def _dq(
     sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
     zero = jnp.int32(0)
     shared = work.splits > 0  # one accumulator for the samples of a task
-    combinations = work.tiles(WARPGROUPS) * heads if shared else 1
+    combinations = work.tiles(WARPGROUPS) * heads.q if shared else 1
     tasks = common.turns(combinations * work.splits, sm, sms) if shared else 1
 
     def task_of(turn):
@@ -124,10 +132,10 @@ def _dq(
         if shared:
             index = sm + turn * sms
             split, rest = lax.div(index, jnp.int32(combinations)), lax.rem(index, jnp.int32(combinations))
-            tile, head = lax.div(rest, jnp.int32(heads)), lax.rem(rest, jnp.int32(heads))
+            tile, head = lax.div(rest, jnp.int32(heads.q)), lax.rem(rest, jnp.int32(heads.q))
             walk, target = work.split_walk(tables, split, head, tile), (split, tile, head)
         else:
-            walk, target = work.walk(tables, sm, heads=heads, sms=sms, warpgroups=WARPGROUPS), None
+            walk, target = work.walk(tables, sm, heads=heads.q, sms=sms, warpgroups=WARPGROUPS), None
         return functools.partial(common.over_tiles, walk, lambda place: work.item(place, WARPGROUPS)), target
 
     def blocks_seen(item, first, rows):
@@ -138,7 +146,8 @@ def _dq(
 
         def load_item(item, head, counters):
             *held_counts, count = counters
-            kv_head = lax.div(head, jnp.int32(group))
+            kv_head = lax.div(head, jnp.int32(heads.group))
+            q_head, k_head, v_head = heads.first_q + head, heads.first_k + kv_head, heads.first_v + kv_head
             for w in range(WARPGROUPS):
                 slot, live = common.modulo(held_counts[w], FIXED_SLOTS), item.rows > w * BLOCK
 
@@ -151,7 +160,7 @@ def _dq(
                         plgpu.barrier_wait(held_empty.at[barrier])
 
                     target = held_tma.at[slot, w]
-                    common.load_rows(q_gmem, target.at[0], item.q_row + w * BLOCK, head, held_full.at[barrier])
+                    common.load_rows(q_gmem, target.at[0], item.q_row + w * BLOCK, q_head, held_full.at[barrier])
                     common.load_rows(dout_gmem, target.at[1], item.out_row + w * BLOCK, head, held_full.at[barrier])
 
                 held_counts[w] += live.astype(jnp.int32)
@@ -175,8 +184,8 @@ def _dq(
                 row, left = item.kv_row + j * BLOCK, item.kv_rows - j * BLOCK
                 slot = next_slot(count + 1 + j - begin)
                 target = passing_tma.at[slot]
-                common.load_rows(v_gmem, target.at[1], row, kv_head, full.at[slot])
-                common.load_block(k_gmem, target.at[0], row, left, kv_head, full.at[slot], tail_full)
+                common.load_rows(v_gmem, target.at[1], row, v_head, full.at[slot])
+                common.load_block(k_gmem, target.at[0], row, left, k_head, full.at[slot], tail_full)
 
             def rotate_queries():
                 def tile_of(held, w):
@@ -210,7 +219,7 @@ def _dq(
             common.drain(n, FIXED_SLOTS, lambda slot, w=w: held_empty.at[slot * WARPGROUPS + w])
         common.drain(count, slots, lambda slot: empty.at[slot])
         if gaps:
-            gaps.fill(passing_mma.at[0, 0, 0], passing_tma.at[0, 0, 0], dq_gmem)
+            gaps.fill(passing_mma.at[0, 0, 0], passing_tma.at[0, 0, 0], (dq_gmem, heads.first_q, heads.q))
 
     def compute():
         plgpu.set_max_registers(common.registers(WARPGROUPS, rotates, panels)[0], action="increase")
@@ -294,7 +303,7 @@ def _dq(
                     if angles is not None:
                         dq = rotary.turn_back(dq, angles, item.q_row + first)
                     common.stage(dq, staging)
-                    common.store_block(staging, dq_gmem, item.q_row + first, head, rows)
+                    common.store_block(staging, dq_gmem, item.q_row + first, heads.first_q + head, rows)
                     pass_over_rest()
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(held_empty.at[barrier])

@@ -1,7 +1,7 @@
 """What the attention kernels share inside a kernel."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -17,6 +17,26 @@ LOG2E = math.log2(math.e)
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a tile in the accumulators' layout
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 REDUCTION = 16  # bytes of shared memory that a reduction to a scalar asks for; within warps it uses none
+
+
+class Heads(NamedTuple):
+    """How many heads queries and keys have, and where they begin: operands may be ranges of heads of one array."""
+
+    q: int
+    kv: int
+    first_q: int = 0
+    first_k: int = 0
+    first_v: int = 0
+
+    @property
+    def group(self) -> int:
+        """Query heads that read the same keys."""
+        return self.q // self.kv
+
+    @property
+    def keys_beside_values(self) -> bool:
+        """One array has both, and its gradient is one array too."""
+        return self.first_k != self.first_v
 
 
 def modulo(n, slots: int):
@@ -37,14 +57,20 @@ def hold(*indices):
     return lax.optimization_barrier(indices)
 
 
-def blocks_seen(first, rows, others, before: int | None, after: int | None):
-    """[begin, end) of the blocks of `others` rows that rows first … first + rows - 1 meet.
+def blocks_seen(first, rows, others, before: int | None, after: int | None, origin=0):
+    """[begin, end) of the blocks of `others` rows that rows first … first + rows - 1 meet, counted from row `origin`.
 
-    A row i meets i - before … i + after; None: no bound there.
+    A row i meets i - before … i + after; None: no bound there. No row before `origin` may be met.
     """
-    begin = 0 * first if before is None else lax.shift_right_logical(jnp.maximum(first - before, 0), jnp.int32(6))
-    last = others if after is None else jnp.minimum(others, first + rows + after)
-    return begin, jnp.maximum(blocks_of(last), begin)
+    begin = 0 * first
+    if before is not None:
+        begin = lax.shift_right_logical(jnp.maximum(first - before - origin, 0), jnp.int32(6))
+    return begin, jnp.maximum(blocks_of(end_seen(first, rows, others, after) - origin), begin)
+
+
+def end_seen(first, rows, others, after: int | None):
+    """Behind the last of `others` rows that rows first … first + rows - 1 meet."""
+    return others if after is None else jnp.minimum(others, first + rows + after)
 
 
 def inside(first, other, others, before: int | None, after: int | None):
@@ -68,13 +94,14 @@ def mask(x, fill: float, first, other, others, before: int | None, after: int | 
 
 
 def masked(x, fill: float, first, other, others, before: int | None, after: int | None):
-    """`mask` of a whole tile; branches around each of the two comparisons where no element needs it."""
+    """`mask` of a tile; branches around each of the two comparisons where no element needs it."""
     if before is not None:
         begins = other < first - before + (BLOCK - 1)
         x = lax.cond(begins, lambda x: _begins(x, fill, first, other, before), lambda x: x, x)
-    ends = others - other < BLOCK
+    columns = x.shape[1]
+    ends = others - other < columns
     if after is not None:
-        ends |= other > first + after - (BLOCK - 1)
+        ends |= other > first + after - (columns - 1)
     return lax.cond(ends, lambda x: _ends(x, fill, first, other, others, after), lambda x: x, x)
 
 
@@ -248,7 +275,7 @@ class GapFiller:
         self.any = gaps.exist(worker, workers)
 
     def fill(self, tile, tile_tma, *targets):
-        """tile, tile_tma: both views of [BLOCK, 64] in shared memory; targets [N, H, D]."""
+        """tile, tile_tma: both views of [BLOCK, 64] in shared memory; targets: (array [N, H, D], first head, heads)."""
 
         @pl.when(self.any)
         def _():
@@ -257,13 +284,13 @@ class GapFiller:
             plgpu.commit_smem()
 
             def store(row, count):
-                for target in targets:
+                for target, first, heads in targets:
 
                     def one_head(head, _, target=target):
                         for p in range(target.shape[2] // hopper.PANEL):
                             hopper.store_rows(tile_tma, target, row, jnp.minimum(count, BLOCK), panel_columns(head, p))
 
-                    lax.fori_loop(0, target.shape[1], one_head, None)
+                    lax.fori_loop(first, first + heads, one_head, None)
 
             def gap(turn, _):
                 row, rows = self.gaps.read(turn * self.workers + self.worker)

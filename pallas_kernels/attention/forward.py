@@ -4,7 +4,9 @@ XLA gathers keys and writes scores to device memory; here each byte of q and out
 device memory and from L2 for each tile of queries that sees them.
 
 One persistent block per SM works through (tile of queries, head) items. Each compute warpgroup has 64 query rows of a
-tile and passes over the blocks of 64 keys that its rows see; one more warpgroup issues the copies.
+tile and passes over the blocks of 64 keys that its rows see; one more warpgroup issues the copies. Blocks are counted
+from the first key that the tile sees, and of a last block with a few keys only those are computed: 64 queries with a
+window of 100 on both sides see 264 keys, not five blocks.
 
 Numerics: scores, statistics and sums in float32, probabilities rounded to v's dtype before the second product,
 unnormalised; exp2 and log2 are the hardware's approximations. Every row is written once: two runs give the same bits.
@@ -24,23 +26,38 @@ from pallas_kernels import hopper
 from pallas_kernels.attention import common, rotary
 from pallas_kernels.attention.tables import BLOCK
 
+NARROW = 16  # keys of a short last block
 LOWEST = -1e30  # a running maximum that any score exceeds; finite, so that nothing becomes ∞ - ∞
 
 
-def attention_forward(work, tables, q, k, v, angles=None, *, warpgroups: int, scale: float, sms: int, interpret=None):
+def attention_forward(
+    work,
+    tables,
+    q,
+    k,
+    v,
+    angles=None,
+    *,
+    heads: common.Heads,
+    warpgroups: int,
+    scale: float,
+    sms: int,
+    interpret=None,
+):
     """(out, statistics): statistics [H, ...] float32 hold log2 Σ exp2(log2(e) · scale · q·k) of every query row.
 
-    work: which rows meet, see `work.py`; tables: what `work` reads. warpgroups: how many compute, 2 to 4;
-    2 with angles, an `Angles` of rotary encoding, and 4 only at head width 64.
+    work: which rows meet, see `work.py`; tables: what `work` reads. heads: of q, k and v in their arrays. warpgroups:
+    how many compute, 2 to 4; 2 with angles, an `Angles` of rotary encoding, and 4 only at head width 64.
     """
     panels, rotates = q.shape[2] // hopper.PANEL, angles is not None
-    static = dict(work=work, rotates=rotates, warpgroups=warpgroups, scale=scale, sms=sms, interpret=interpret)
+    static = dict(work=work, heads=heads, rotates=rotates, warpgroups=warpgroups)
+    static |= dict(scale=scale, sms=sms, interpret=interpret)
     return common.persistent(
         functools.partial(_kernel, **static),
         name="attention_forward",
         out_type=[
-            jax.ShapeDtypeStruct((work.out_rows, *q.shape[1:]), q.dtype),
-            jax.ShapeDtypeStruct((q.shape[1], work.statistics_rows), jnp.float32),
+            jax.ShapeDtypeStruct((work.out_rows, heads.q, q.shape[2]), q.dtype),
+            jax.ShapeDtypeStruct((heads.q, work.statistics_rows), jnp.float32),
         ],
         scratch=forward_scratch(q.dtype, panels, warpgroups, rotates=rotates, interpret=interpret),
         sms=sms,
@@ -90,6 +107,7 @@ def _kernel(
     k_ready: Any = None,
     rotates,
     work,
+    heads,
     warpgroups,
     scale,
     sms,
@@ -97,8 +115,8 @@ def _kernel(
 ):
     *tables, q_gmem, k_gmem, v_gmem, out_gmem, statistics_gmem = refs
     tables, angles = common.tables_and_angles(work, tables)
-    heads, width = q_gmem.shape[1:]
-    group, panels, dtype = heads // k_gmem.shape[1], width // hopper.PANEL, q_gmem.dtype
+    width, dtype = q_gmem.shape[2], q_gmem.dtype
+    panels = width // hopper.PANEL
     kv_slots = k_full.shape[0]
     q_slots = q_full.shape[0] // warpgroups
     (q_tma, q_mma), (k_tma, k_mma), (v_tma, v_mma) = (
@@ -111,11 +129,16 @@ def _kernel(
     zero = jnp.int32(0)
 
     def over_tiles(body, carry):
-        walk = work.walk(tables, sm, heads=heads, sms=sms, warpgroups=warpgroups)
+        walk = work.walk(tables, sm, heads=heads.q, sms=sms, warpgroups=warpgroups)
         return common.over_tiles(walk, lambda place: work.item(place, warpgroups), body, carry)
 
+    def origin_of(item):
+        """The first key that a tile sees; its blocks of keys begin there."""
+        return zero if work.left is None else jnp.maximum(item.position - work.left, 0)
+
     def blocks_seen(item, first, rows):
-        return common.blocks_seen(item.position + first, rows, item.kv_rows, work.left, work.right)
+        span = item.position + first, rows, item.kv_rows, work.left, work.right
+        return common.blocks_seen(*span, origin_of(item))
 
     def memory():
         plgpu.set_max_registers(common.registers(warpgroups, rotates, panels)[1], action="decrease")
@@ -133,28 +156,31 @@ def _kernel(
                     def _():
                         plgpu.barrier_wait(q_empty.at[barrier])
 
-                    common.load_rows(q_gmem, q_tma.at[slot, w], item.q_row + w * BLOCK, head, q_full.at[barrier])
+                    row = item.q_row + w * BLOCK
+                    common.load_rows(q_gmem, q_tma.at[slot, w], row, heads.first_q + head, q_full.at[barrier])
 
                 q_counts[w] += live.astype(jnp.int32)
             begin, end = blocks_seen(item, 0, item.rows)
-            kv_head = lax.div(head, jnp.int32(group))
+            kv_head = lax.div(head, jnp.int32(heads.group))
+            kv_row, kv_rows = item.kv_row + origin_of(item), item.kv_rows - origin_of(item)
+            k_head, v_head = heads.first_k + kv_head, heads.first_v + kv_head
 
             def load(j):
-                n, row = kv_count + j - begin, item.kv_row + j * BLOCK
+                n, row = kv_count + j - begin, kv_row + j * BLOCK
                 slot = common.modulo(n, kv_slots)
 
                 @pl.when(n >= kv_slots)
                 def _():
                     plgpu.barrier_wait(k_empty.at[slot])
 
-                common.load_rows(k_gmem, k_tma.at[slot], row, kv_head, k_full.at[slot])
+                common.load_rows(k_gmem, k_tma.at[slot], row, k_head, k_full.at[slot])
 
                 @pl.when(n >= kv_slots)
                 def _():
                     plgpu.barrier_wait(v_empty.at[slot])
 
-                left = item.kv_rows - j * BLOCK
-                common.load_block(v_gmem, v_tma.at[slot], row, left, kv_head, v_full.at[slot], tail_full)
+                left = kv_rows - j * BLOCK
+                common.load_block(v_gmem, v_tma.at[slot], row, left, v_head, v_full.at[slot], tail_full)
 
             def rotate_queries():
                 def tile_of(slot, w):
@@ -165,8 +191,7 @@ def _kernel(
             def rotate_keys(j):
                 slot = common.modulo(kv_count + j - begin, kv_slots)
                 plgpu.barrier_wait(k_full.at[slot])
-                left = item.kv_rows - j * BLOCK
-                rotary.rotate(k_mma.at[slot], angles, item.kv_row + j * BLOCK, left, k_ready.at[slot])
+                rotary.rotate(k_mma.at[slot], angles, kv_row + j * BLOCK, kv_rows - j * BLOCK, k_ready.at[slot])
 
             if rotates:
                 common.load_ahead(begin, end, kv_slots - 1, load, rotate_queries, rotate_keys)
@@ -179,7 +204,7 @@ def _kernel(
         for w, n in enumerate(q_counts):
             common.drain(n, q_slots, lambda slot, w=w: q_empty.at[slot * warpgroups + w])
         common.drain(kv_count, kv_slots, lambda slot: k_empty.at[slot], lambda slot: v_empty.at[slot])
-        gaps.fill(k_mma.at[0, 0], k_tma.at[0, 0], out_gmem)
+        gaps.fill(k_mma.at[0, 0], k_tma.at[0, 0], (out_gmem, 0, heads.q))
 
     def compute():
         plgpu.set_max_registers(common.registers(warpgroups, rotates, panels)[0], action="increase")
@@ -201,43 +226,55 @@ def _kernel(
                 q_slot = common.modulo(q_count, q_slots)
                 barrier = q_slot * warpgroups + warpgroup
                 mine_begin, mine_end = blocks_seen(item, first, rows)
-                position = item.position + first
+                position, origin = item.position + first, origin_of(item)
                 lax.fori_loop(begin, mine_begin, pass_over, None)
                 plgpu.barrier_wait(q_ready.at[barrier])
 
                 def all_blocks(out_acc):
-                    def step(j, carry):
-                        highest, total = carry
+                    def step(j, carry, keys: int):
+                        highest, totals = carry
                         slot, w, at = common.hold(common.modulo(kv_count + j - begin, kv_slots), warpgroup, q_slot)
                         plgpu.barrier_wait(k_ready.at[slot])
 
                         def scores(acc):
                             for p in range(panels):
-                                plgpu.wgmma(acc, q_mma.at[at, w, p], k_mma.at[slot, p].transpose((1, 0)))
+                                k = k_mma.at[slot, p, pl.ds(0, keys)]
+                                plgpu.wgmma(acc, q_mma.at[at, w, p], k.transpose((1, 0)))
                             return acc[...]
 
-                        s = pl.run_scoped(scores, plgpu.ACC((BLOCK, BLOCK), jnp.float32))
+                        s = pl.run_scoped(scores, plgpu.ACC((BLOCK, keys), jnp.float32))
                         plgpu.barrier_arrive(k_empty.at[slot])
-                        s = common.masked(s, -jnp.inf, position, j * BLOCK, item.kv_rows, work.left, work.right)
+                        span = position, origin + j * BLOCK, item.kv_rows, work.left, work.right
+                        s = common.masked(s, -jnp.inf, *span)
                         new = jnp.maximum(highest, jnp.max(s, axis=1) * to_log2)
                         shrink = jnp.exp2(highest - new)
                         p = jnp.exp2(s * to_log2 - common.rows_of(new, s))
-                        total = total * shrink + jnp.sum(p, axis=1)
+                        part = functools.reduce(lax.add, (part for _, part in common.slices(p)))
+                        totals = totals * common.rows_of(shrink, totals) + part
                         out = plgpu.wgmma_accumulator_load(out_acc, wait_n=None)
                         wgmma_accumulator_store(out_acc, out * common.rows_of(shrink, out))
                         p = p.astype(dtype)
+                        if keys < BLOCK:  # a product takes whole swizzled rows
+                            p = lax.concatenate([p, tile(BLOCK - keys, dtype)], 1)
                         plgpu.barrier_wait(v_full.at[slot])
                         for i in range(panels):
                             plgpu.wgmma(common.acc_panel(out_acc, i, panels), p, v_mma.at[slot, i])
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(v_empty.at[slot])
-                        return new, total
+                        return new, totals
 
-                    def vector(value):
-                        return plgpu.layout_cast(jnp.full((BLOCK,), value, jnp.float32), common.ROW)
+                    def tile(columns, dtype):
+                        return plgpu.layout_cast(jnp.zeros((BLOCK, columns), dtype), plgpu.Layout.WGMMA)
 
-                    highest, total = lax.fori_loop(mine_begin, mine_end, step, (vector(LOWEST), vector(0.0)))
-                    return out_acc[...], highest, total
+                    last = common.end_seen(position, rows, item.kv_rows, work.right) - origin
+                    whole_end = jnp.where(last > (mine_end - 1) * BLOCK + NARROW, mine_end, mine_end - 1)
+                    whole_end = jnp.maximum(whole_end, mine_begin)
+                    lowest = plgpu.layout_cast(jnp.full((BLOCK,), LOWEST, jnp.float32), common.ROW)
+                    # Each thread adds up its own columns: sums over a row need threads to wait for each other.
+                    carry = lowest, tile(common.SLICE, jnp.float32)
+                    carry = lax.fori_loop(mine_begin, whole_end, functools.partial(step, keys=BLOCK), carry)
+                    highest, totals = lax.fori_loop(whole_end, mine_end, functools.partial(step, keys=NARROW), carry)
+                    return out_acc[...], highest, jnp.sum(totals, axis=1)
 
                 out, highest, total = pl.run_scoped(all_blocks, plgpu.ACC((BLOCK, width), jnp.float32))
                 row = item.statistics + first

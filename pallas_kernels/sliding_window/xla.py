@@ -59,16 +59,16 @@ def sliding_window_attention(
     if q.shape[0] == 0:
         return q
     if angles is not None:
-        q, k = rotated(q, k, starts, lengths, angles)
+        q, k = rotated(starts, lengths, angles, q, k)
     blocking = blocking or default_blocking(left, right, q.shape[1])
     return _attention(*vary_together(q, k, v, starts, lengths), left, right, scale, blocking)
 
 
-def rotated(q, k, starts, lengths, angles):
-    """q and k rotated, in a pass of its own; angles of rows outside the samples may be anything."""
-    used = segments(starts, lengths, q.shape[0]) < starts.shape[0]
+def rotated(starts, lengths, angles, *arrays):
+    """Arrays [N, ..., D] rotated, in a pass of its own; angles of rows outside the samples may be anything."""
+    used = segments(starts, lengths, angles.shape[0]) < starts.shape[0]
     angles = jnp.where(used[:, None], lax.stop_gradient(angles), 0)
-    return _rotate(q, angles), _rotate(k, angles)
+    return [_rotate(x, angles) for x in arrays]
 
 
 def _rotate(x, angles):

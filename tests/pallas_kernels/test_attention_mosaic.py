@@ -230,23 +230,26 @@ def test_empty_samples_are_the_gaps_of_the_pooled_rows():
     others=st.integers(1, 500),
     before=st.none() | st.integers(0, 200),
     after=st.none() | st.integers(0, 200),
+    earlier=st.none() | st.integers(0, 192),
 )
-def test_blocks_seen_are_those_that_meet(first, rows, others, before, after):
-    begin, end = map(int, blocks_seen(jnp.int32(first), rows, others, before, after))
+def test_blocks_seen_are_those_that_meet(first, rows, others, before, after, earlier):
+    """Blocks begin with the sample, or with the first row that an earlier row of the same tile meets."""
+    origin = 0 if before is None or earlier is None else max(0, first - earlier - before)
+    begin, end = map(int, blocks_seen(jnp.int32(first), rows, others, before, after, origin))
     i, j = np.arange(first, first + rows)[:, None], np.arange(others)
     meet = np.ones((rows, others), bool)
     if before is not None:
         meet &= j >= i - before
     if after is not None:
         meet &= j <= i + after
-    seen = np.flatnonzero(meet.any(0)) // BLOCK
+    seen = (np.flatnonzero(meet.any(0)) - origin) // BLOCK
     if seen.size:
         assert begin <= seen[0]
         assert end > seen[-1]
     tile = np.pad(meet, ((0, max(0, BLOCK - rows)), (0, BLOCK)))  # a whole tile needs whole rows
-    for block in range(begin, end):
-        if rows >= BLOCK and bool(inside(first, block * BLOCK, others, before, after)):
-            assert tile[:BLOCK, block * BLOCK : (block + 1) * BLOCK].all()
+    for column in range(origin + begin * BLOCK, origin + end * BLOCK, BLOCK):
+        if rows >= BLOCK and bool(inside(first, column, others, before, after)):
+            assert tile[:BLOCK, column : column + BLOCK].all()
 
 
 # --- shared memory, lowering
