@@ -11,6 +11,7 @@ Limits of the kernel: bfloat16 and float16, widths of `WIDTHS`, whole tiles of r
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -27,20 +28,22 @@ WARPS = 4
 
 
 def row_pass(
-    body: Callable[..., Float[Array, "n F"]],
+    body: Callable[..., Any],
     *operands: Float[Array, "N F"],
     name: str,
     inside: Bool[Array, "N"] | None = None,
-) -> Float[Array, "N F"]:
-    """body(*operands), row by row, in the dtype of the first operand.
+    and_value: bool = False,
+) -> Any:
+    """body(*operands), row by row, in the dtype of the first operand: [N, F].
 
     body: from float32 rows of any number; sums over a row by `mean` and `along` alone.
+    and_value: body gives (rows, one value per row), and so does this; the values are float32 [N].
     name: of the kernel, in profiles.
     inside: the other rows become zero, whatever they hold.
     """
     if kernel_takes(*operands):
-        return row_kernel(body, *operands, name=name, inside=inside)
-    return row_pass_in_xla(body, *operands, inside=inside)
+        return row_kernel(body, *operands, name=name, inside=inside, and_value=and_value)
+    return row_pass_in_xla(body, *operands, inside=inside, and_value=and_value)
 
 
 def mean(x: Float[Array, "n F"]) -> Float[Array, "n"]:
@@ -81,20 +84,26 @@ def tile_rows(F: int) -> int:
 
 
 def row_pass_in_xla(
-    body: Callable[..., Float[Array, "n F"]], *operands: Float[Array, "N F"], inside: Bool[Array, "N"] | None = None
-) -> Float[Array, "N F"]:
+    body: Callable[..., Any],
+    *operands: Float[Array, "N F"],
+    inside: Bool[Array, "N"] | None = None,
+    and_value: bool = False,
+) -> Any:
     """`row_pass` anywhere."""
     out = body(*(x.astype(jnp.float32) for x in operands))
-    return (out if inside is None else jnp.where(inside[:, None], out, 0)).astype(operands[0].dtype)
+    out, *values = out if and_value else (out,)
+    out = (out if inside is None else jnp.where(inside[:, None], out, 0)).astype(operands[0].dtype)
+    return (out, *values) if and_value else out
 
 
 def row_kernel(
-    body: Callable[..., Float[Array, "n F"]],
+    body: Callable[..., Any],
     *operands: Float[Array, "N F"],
     name: str,
     inside: Bool[Array, "N"] | None = None,
+    and_value: bool = False,
     interpret=None,
-) -> Float[Array, "N F"]:
+) -> Any:
     """`row_pass` on Hopper; N a multiple of `tile_rows(F)`. interpret is for tests on a CPU."""
     N, F = operands[0].shape
     tile = tile_rows(F)
@@ -111,18 +120,25 @@ def row_kernel(
         rows = pl.ds(lax.axis_index("tile") * tile, tile)
         loaded = [plgpu.load(x.at[rows], layout=layout, optimized=False) for x in refs[: len(operands)]]
         out = body(*(x.astype(jnp.float32) for x in loaded))
+        out, *values = out if and_value else (out,)
         if masks:
             kept = plgpu.load(refs[len(operands)].at[rows], layout=layout.reduce(1), optimized=False)
             out = jnp.where(along(kept, out) > 0, out, 0.0)
-        refs[-1][rows] = out.astype(refs[-1].dtype)
+        out_gmem, *values_gmem = refs[len(inputs) :]
+        out_gmem[rows] = out.astype(out_gmem.dtype)
+        for target, x in zip(values_gmem, values, strict=True):
+            target[rows] = x
 
+    out_type = [jax.ShapeDtypeStruct((N, F), operands[0].dtype)]
+    out_type += [jax.ShapeDtypeStruct((N,), jnp.float32)] * and_value
     out = plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((N, F), operands[0].dtype),
+        out_type=out_type,
         grid=(N // tile,),
         grid_names=("tile",),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         kernel_name=name,
         interpret=interpret,
     )(*inputs)
-    return vary_together(out, inputs[0])[0]
+    out = vary_together(*out, inputs[0])[:-1]
+    return out if and_value else out[0]

@@ -1,10 +1,11 @@
 """The PFFN block: LayerNorm, GDPA, residual, RMSNorm, residual.
 
 The norms span all heads of a row. The forward pass is one kernel where an SM can hold all heads of a tile of queries
-(`mosaic_block`); the GDPA kernels see one head at a time. Elsewhere, and in the backward pass, the norms are one pass
-over the rows on each side of GDPA, which reads and writes every tensor once: rows are flat, and the gradients are in
-closed form, where automatic ones pass over the rows several times. What `pallas_kernels.rows`' kernel doesn't take is
-XLA's, which only keeps a row in registers over its last axis.
+(`mosaic_block`); the GDPA kernels see one head at a time. Elsewhere the norms are one pass over the rows on each side
+of GDPA, which reads and writes every tensor once: rows are flat, and the gradients are in closed form, where automatic
+ones pass over the rows several times. In the backward pass, the second of these is part of GDPA's dq kernel with 2, 4
+and 8 heads (`mosaic_backward.finishes_norm`). What `pallas_kernels.rows`' kernel doesn't take is XLA's, which only
+keeps a row in registers over its last axis.
 """
 
 import functools
@@ -35,8 +36,11 @@ def compose(gdpa, q, k, v, *spans, eps: float, **static):
     return out.astype(q.dtype)
 
 
-def in_two_passes(gdpa, q, k, v, *spans, eps: float, **static):
-    """`compose` with one pass over the rows before GDPA and one behind it, in each direction."""
+def in_two_passes(gdpa, q, k, v, *spans, eps: float, pull_through=None, **static):
+    """`compose` with one pass over the rows before GDPA and one behind it, in each direction.
+
+    pull_through: see `_pull_back`; takes GDPA's operands first.
+    """
     shape = q.shape
     inside = _inside(spans, q)
 
@@ -47,7 +51,10 @@ def in_two_passes(gdpa, q, k, v, *spans, eps: float, **static):
     def forward(q, k, v):
         q = _flat(q)
         normed = row_pass(lambda q: normalise(q, eps)[0], q, name="layer_norm").reshape(shape)
-        attended, pull = jax.vjp(lambda x, k, v: gdpa(x, k, v, *spans, **static), normed, k, v)
+        if pull_through:
+            attended, pull = gdpa(normed, k, v, *spans, **static), (normed, k, v)
+        else:
+            attended, pull = jax.vjp(lambda x, k, v: gdpa(x, k, v, *spans, **static), normed, k, v)
 
         def finish(x, attended):
             mixed = _mixed(x, attended, q.dtype, eps)
@@ -58,27 +65,40 @@ def in_two_passes(gdpa, q, k, v, *spans, eps: float, **static):
 
     def backward(residuals, d_out):
         q, attended, pull = residuals
+        if pull_through:
+            through = functools.partial(pull_through, *pull, *spans)
+            return _pull_back(q, attended, d_out, inside, None, eps, through)
         return _pull_back(q, attended, d_out, inside, pull, eps)
 
     block.defvjp(forward, backward)
     return block(q, k, v)
 
 
-def _pull_back(q, attended, d_out, inside, pull, eps):
-    """Gradients of q, k and v from q [N, H·D] and GDPA's result [N, H, D]; pull: GDPA's gradients from its result's."""
-    shape, attended, d_out = d_out.shape, _flat(attended), _flat(d_out)
+def _pull_back(q, attended, d_out, inside, pull, eps, pull_through=None):
+    """Gradients of q, k and v from q [N, H·D] and GDPA's result [N, H, D].
+
+    pull: GDPA's gradients from its result's. pull_through: all gradients, through the first norm too, from that of
+    GDPA's result (do), what the norm multiplied the rows by (factor), and that of the residual around all.
+    """
+    shape, attended, residual, d_out = d_out.shape, _flat(attended), d_out, _flat(d_out)
 
     def d_mixed(x, attended, d):
-        mixed = _mixed(x, attended, q.dtype, eps)
+        normed, factor = normalise(x, eps)
+        mixed = normed.astype(q.dtype).astype(jnp.float32) + attended
         rms = _rms(mixed, eps)
         normed = mixed * along(rms, mixed)
-        return along(rms, mixed) * (d - normed * along(mean(d * normed), mixed))
+        d = along(rms, mixed) * (d - normed * along(mean(d * normed), mixed))
+        return (d, factor) if pull_through else d
 
     def d_q(x, d_normed, d_attended, d_out):
         return normalise_back(d_normed + d_attended, *normalise(x, eps)) + d_out
 
-    d_attended = row_pass(d_mixed, q, attended, d_out, name="gdpa_block_norm_backward", inside=inside)
+    name = "gdpa_block_norm_backward"
+    d_attended = row_pass(d_mixed, q, attended, d_out, name=name, inside=inside, and_value=pull_through is not None)
     d_attended = lax.optimization_barrier(d_attended)
+    if pull_through:
+        d_attended, factor = d_attended
+        return pull_through(do=d_attended.reshape(shape), factor=factor, residual=residual)
     d_normed, d_k, d_v = pull(d_attended.reshape(shape))
     d = row_pass(d_q, q, _flat(d_normed), d_attended, d_out, name="layer_norm_backward", inside=inside)
     return d.reshape(shape), d_k, d_v
@@ -125,8 +145,16 @@ def _fused_backward(static, eps, residuals, d_out):
     def pull(d):
         return mosaic_module.backward(static, (normed, k, v, *spans), d)[:3]
 
-    grads = _pull_back(_flat(q), attended, d_out, _inside(spans, q), pull, eps)
+    pull_through = _pull_through(static, q, k, spans)
+    pull_through = pull_through and functools.partial(pull_through, normed, k, v, *spans)
+    grads = _pull_back(_flat(q), attended, d_out, _inside(spans, q), pull, eps, pull_through)
     return *grads, *(None,) * 4
+
+
+def _pull_through(static, q, k, spans):
+    """`mosaic.backward_behind_norm` of this call, if it is taken."""
+    taken = mosaic_module.finishes_norm(static, q, k, spans[0])
+    return functools.partial(mosaic_module.backward_behind_norm, static) if taken else None
 
 
 fused.defvjp(_fused_forward, _fused_backward)
@@ -155,10 +183,10 @@ def _rms(x, eps):
 def mosaic_gpu(q, k, v, *spans, eps: float, shared_keys=False, sms: int | None = None, interpret=None, **static):
     """See `gdpa_block`; sms and interpret are for tests on a CPU."""
     sms = hopper.sm_count() if sms is None else sms
-    if block_tiles(heads=q.shape[1], width=q.shape[2]) is None:
-        gdpa = functools.partial(mosaic_module.mosaic_gpu, sms=sms, interpret=interpret)
-        return in_two_passes(gdpa, q, k, v, *spans, eps=eps, shared_keys=shared_keys, **static)
     known = mosaic_module.Static(**static, shared_keys=shared_keys, sms=sms, interpret=interpret)
+    if block_tiles(heads=q.shape[1], width=q.shape[2]) is None:
+        gdpa = functools.partial(mosaic_module.mosaic_gpu, **known._asdict())
+        return in_two_passes(gdpa, q, k, v, *spans, eps=eps, pull_through=_pull_through(known, q, k, spans))
     return fused(known, eps, *vary_together(q, k, v, *spans))
 
 

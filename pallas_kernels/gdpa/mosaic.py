@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import hopper
 from pallas_kernels.gdpa import mosaic_backward, xla
+from pallas_kernels.gdpa.mosaic_backward_split import BehindNorm
 from pallas_kernels.gdpa.mosaic_forward import gdpa_forward
 from pallas_kernels.gdpa.tiles import ForwardTiles, forward_tiles
 from pallas_kernels.jagged import vary_together
@@ -107,6 +108,28 @@ def backward(static: Static, operands, do):
     known = {name: x for name, x in static._asdict().items() if name != "shared_keys"}
     grads = mosaic_backward.gdpa_backward(q, k, v, do, *spans, **known)
     return *vary_together(*grads, q)[:3], *(None,) * 4
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def backward_behind_norm(static: Static, q, k, v, *spans, do, factor, residual):
+    """Gradients of x, k and v where q is the LayerNorm of x; see `BehindNorm`. Needs `finishes_norm`."""
+    known = {name: x for name, x in static._asdict().items() if name != "shared_keys"}
+    behind_norm = BehindNorm(factor, residual)
+    grads = mosaic_backward.gdpa_backward_behind_norm(q, k, v, do, *spans, behind_norm, **known)
+    return vary_together(*grads, q)[:3]
+
+
+def finishes_norm(static: Static, q, k, q_starts) -> bool:
+    """Does `backward_behind_norm` take a call?"""
+    return not static.shared_keys and mosaic_backward.finishes_norm(
+        samples=q_starts.shape[0],
+        heads=q.shape[1],
+        kv_heads=k.shape[1],
+        width=q.shape[2],
+        max_q_length=static.max_q_length,
+        max_kv_length=static.max_kv_length,
+        sms=static.sms,
+    )
 
 
 _gdpa.defvjp(_gdpa_fwd, backward)

@@ -5,7 +5,10 @@ XLA writes the scores, their weights and their gradients to device memory; here 
 fused: one kernel with five products, where all samples have at most 256 keys.
 split: two kernels with seven products, for keys of any length.
 
-Both need spans of keys that don't overlap: samples that share keys would write the same rows.
+behind a norm: split, where the dq kernel also finishes the gradient behind a LayerNorm whose result q is, which would
+take another pass over five arrays of the queries' size.
+
+All need spans of keys that don't overlap: samples that share keys would write the same rows.
 """
 
 import jax.numpy as jnp
@@ -14,12 +17,13 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import hopper
 from pallas_kernels.gdpa.mosaic_backward_common import COMPUTE, TILE
 from pallas_kernels.gdpa.mosaic_backward_fused import KEYS, gdpa_fused_backward
-from pallas_kernels.gdpa.mosaic_backward_split import KV_BLOCK, gdpa_dkv, gdpa_dq
+from pallas_kernels.gdpa.mosaic_backward_split import KV_BLOCK, BehindNorm, gdpa_dkv, gdpa_dq
 from pallas_kernels.schedule import make_schedule, row_fills
 
 ITEMS_PER_SM = 8  # below that, samples are cut for an even load
 FUSED_KEYS = 2 * KEYS  # every further pass would round dq once more
 FUSED_ITEMS_PER_SM = 4  # the fused kernel can't cut a sample's queries
+CLUSTERS = (2, 4, 8)  # heads whose blocks form a cluster, behind a norm
 
 
 def unsupported(q, k, v, *args, **kwargs) -> str | None:
@@ -85,14 +89,57 @@ def _by_split(
 ):
     sms = sms or hopper.sm_count()
     queries, keys = (q_starts, q_lengths), (kv_starts, kv_lengths)
-    chunk = _q_chunk(samples=q_starts.shape[0], heads=q.shape[1], max_q_length=max_q_length, sms=sms)
-    by_query = make_schedule(*queries, *keys, rows=q.shape[0], max_q_length=max_q_length, q_chunk=chunk)
-    by_key = make_schedule(*keys, *queries, rows=k.shape[0], max_q_length=max_kv_length, q_chunk=KV_BLOCK)
+    by_query, by_key = _schedules(queries, keys, keys, q, k, max_q_length, max_kv_length, sms)
     dk, dv = gdpa_dkv(q, k, v, do, by_key, sms=sms, **static)
     return gdpa_dq(q, k, v, do, by_query, sms=sms, **static), dk, dv
 
 
+def _schedules(queries, keys, keys_of_queries, q, k, max_q_length: int, max_kv_length: int, sms: int):
+    """Of the dq kernel and of the dk, dv kernel."""
+    chunk = _q_chunk(samples=queries[0].shape[0], heads=q.shape[1], max_q_length=max_q_length, sms=sms)
+    by_query = make_schedule(*queries, *keys_of_queries, rows=q.shape[0], max_q_length=max_q_length, q_chunk=chunk)
+    by_key = make_schedule(*keys, *queries, rows=k.shape[0], max_q_length=max_kv_length, q_chunk=KV_BLOCK)
+    return by_query, by_key
+
+
 ROUTES = {True: _by_fused, False: _by_split}
+
+
+def gdpa_backward_behind_norm(
+    q: Float[Array, "Nq H D"],
+    k: Float[Array, "Nkv K D"],
+    v: Float[Array, "Nkv K D"],
+    do: Float[Array, "Nq H D"],
+    q_starts: Int32[Array, " B"],
+    q_lengths: Int32[Array, " B"],
+    kv_starts: Int32[Array, " B"],
+    kv_lengths: Int32[Array, " B"],
+    behind_norm: BehindNorm,
+    *,
+    max_q_length: int,
+    max_kv_length: int,
+    sms: int,
+    **static,
+) -> tuple[Float[Array, "Nq H D"], Float[Array, "Nkv K D"], Float[Array, "Nkv K D"]]:
+    """(dx, dk, dv), dx as in `BehindNorm`; see `gdpa_backward`. Needs `finishes_norm`."""
+    # A sample without keys still has its dx: it gets a key from behind the array's end: zeros, from TMA.
+    finished = jnp.where(kv_lengths > 0, kv_starts, k.shape[0]), jnp.maximum(kv_lengths, 1)
+    spans = (q_starts, q_lengths), (kv_starts, kv_lengths)
+    do = do.astype(q.dtype)
+    by_query, by_key = _schedules(*spans, finished, q, k, max_q_length, max_kv_length, sms)
+    dk, dv = gdpa_dkv(q, k, v, do, by_key, sms=sms, **static)
+    return gdpa_dq(q, k, v, do, by_query, sms=sms, behind_norm=behind_norm, **static), dk, dv
+
+
+def finishes_norm(
+    *, samples: int, heads: int, kv_heads: int, width: int, max_q_length: int, max_kv_length: int, sms: int
+) -> bool:
+    """Does `gdpa_backward_behind_norm` take the call, and faster than `gdpa_backward` and a pass over the rows?
+
+    With heads 64 wide the fused kernel and that pass are as fast, by measurement.
+    """
+    fused = is_fused(samples=samples, kv_heads=kv_heads, max_kv_length=max_kv_length, sms=sms)
+    return heads in CLUSTERS and 0 not in (max_q_length, max_kv_length) and not (fused and width == 64)
 
 
 def is_fused(*, samples: int, kv_heads: int, max_kv_length: int, sms: int) -> bool:

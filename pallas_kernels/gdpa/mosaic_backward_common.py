@@ -12,7 +12,7 @@ from pallas_kernels.gdpa.activations import KernelActivation, kernel_activation
 TILE = 64  # rows of one wgmma: of queries or of keys
 COMPUTE = 2  # warpgroups that compute; a third issues the copies
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
-_SLICE = 8  # columns that `in_slices` takes at a time
+SLICE = 8  # columns that `in_slices` takes at a time
 
 COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
 
@@ -41,7 +41,7 @@ def in_slices(f):
     """
 
     def sliced(*tiles):
-        parts = [f(*(x[:, c : c + _SLICE] for x in tiles)) for c in range(0, tiles[0].shape[1], _SLICE)]
+        parts = [f(*(x[:, c : c + SLICE] for x in tiles)) for c in range(0, tiles[0].shape[1], SLICE)]
         return tuple(lax.concatenate(list(x), 1) for x in zip(*parts, strict=True))
 
     return sliced
@@ -206,8 +206,11 @@ def drain(count, slots: int, *barriers):
     lax.fori_loop(jnp.maximum(count - slots, 0), count, wait, None)
 
 
-def persistent(body, *, name, out_type, scratch, sms, interpret, operands):
-    """Run `body` as one block per SM with two compute warpgroups and one for copies."""
+def persistent(body, *, name, out_type, scratch, sms, interpret, operands, blocks_of: dict | None = None):
+    """Run `body` as one block per SM with two compute warpgroups and one for copies.
+
+    blocks_of: {axis: blocks}: as that many clusters of blocks instead.
+    """
     if (used := hopper.shared_bytes(scratch)) > hopper.SHARED_MEMORY:
         raise ValueError(f"{name} takes {used} bytes of shared memory, sm_90 has {hopper.SHARED_MEMORY}")
     return plgpu.kernel(
@@ -220,6 +223,8 @@ def persistent(body, *, name, out_type, scratch, sms, interpret, operands):
         scratch_types=scratch,
         compiler_params=COMPILER_PARAMS,
         kernel_name=name,
+        cluster=tuple((blocks_of or {}).values()),
+        cluster_names=tuple(blocks_of or {}),
         interpret=interpret,
     )(*operands)
 

@@ -1,7 +1,8 @@
 """GDPA's backward as two Hopper kernels, for keys of any length: dq, and dk with dv.
 
 Both compute the scores again, so seven products stand for five useful ones, but nothing is exchanged between blocks and
-no partial sum leaves a register: each gradient row is written once, in its final form.
+no partial sum leaves a register: each gradient row is written once, in its final form. Only behind a norm, which spans
+all heads, the dq kernel's blocks of one item's heads form a cluster and exchange two sums per row.
 
 dq: two warpgroups hold 64 query rows each and pass over the keys. Keys and values stay in shared memory while an item's
 query tiles pass where they fit, otherwise they stream past each pair of tiles.
@@ -13,7 +14,9 @@ products. Deterministic: two runs give the same bits.
 """
 
 import functools
+from typing import Any, NamedTuple
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -25,6 +28,10 @@ from pallas_kernels.gdpa.mosaic_backward_common import COMPUTE, TILE
 from pallas_kernels.schedule import Schedule, dealt, dealt_item
 
 KV_BLOCK = 128  # keys of one step of the dq kernel, and of one item of the dk, dv kernel
+BEHIND_NORM_KV_BLOCK = {64: 128, 128: 64}  # the faster one of both, by the head's width
+# More clusters than run at once: how many blocks of a cluster's size an H100 can hold differs from card to card, and a
+# second wave of long ones would double the time. Short ones are dealt by the hardware.
+CLUSTERS_PER_PLACE = 16
 
 
 def gdpa_dkv(
@@ -263,6 +270,18 @@ def _dkv(
     lax.cond(warpgroup < COMPUTE, compute, memory)
 
 
+class BehindNorm(NamedTuple):
+    """What the gradient of a LayerNorm's operand x needs, where q is the norm's result and also a residual beside GDPA.
+
+    dx = factor (d - mean(d) - q mean(d q)) + residual, with d = dq + do and means over all heads of a row.
+
+    factor: [N] float32, what the norm multiplied each row by. residual: [N, H, D], gradient of x from elsewhere.
+    """
+
+    factor: Any
+    residual: Any
+
+
 def gdpa_dq(
     q,
     k,
@@ -274,45 +293,71 @@ def gdpa_dq(
     scale: float,
     post_scale: float,
     sms: int,
+    behind_norm: BehindNorm | None = None,
     interpret=None,
 ):
-    """dq. The schedule is that of the queries, cut into chunks of any length: items are query row, query rows, key row,
-    key rows."""
-    scratch = dq_scratch(q.dtype, q.shape[2] // hopper.PANEL, interpret=interpret)
+    """dq, or the gradient behind the norm. The schedule is that of the queries, cut into chunks of any length: items
+    are query row, query rows, key row, key rows.
+
+    behind_norm: needs 2, 4 or 8 heads.
+    """
+    heads, width = q.shape[1:]
+    kv_block = BEHIND_NORM_KV_BLOCK[width] if behind_norm else KV_BLOCK
+    scratch = dq_scratch(
+        q.dtype,
+        width // hopper.PANEL,
+        kv_block=kv_block,
+        cluster=heads if behind_norm else None,
+        interpret=interpret,
+    )
+    clusters = min(schedule.items.shape[0], CLUSTERS_PER_PLACE * max(sms // heads, 1))
+    blocks = clusters if behind_norm else sms
     body = functools.partial(
         _dq,
         activations=common.kernel_activations(activation, scale, post_scale, q.dtype),
         names=activation,
-        sms=sms,
+        kv_block=kv_block,
+        sms=blocks,
         interpret=interpret,
     )
-    return common.persistent(
-        body,
-        name="gdpa_dq",
-        out_type=common.like(q),
-        scratch=scratch,
-        sms=sms,
-        interpret=interpret,
-        operands=(*schedule, q, k, v, do),
-    )
+    run = functools.partial(common.persistent, body, scratch=scratch, sms=blocks, interpret=interpret)
+    operands = (*schedule, q, k, v, do)
+    if behind_norm is None:
+        return run(name="gdpa_dq", out_type=common.like(q), operands=operands)
+    sums = jax.ShapeDtypeStruct((clusters, COMPUTE, 2, heads, 2, TILE), jnp.float32)
+    factor = jnp.pad(behind_norm.factor, (0, TILE))  # a tile reads its rows beyond the sample too
+    return run(
+        name="gdpa_dq_behind_norm",
+        out_type=[common.like(q), sums],
+        blocks_of={"head": heads},
+        operands=(*operands, factor, behind_norm.residual),
+    )[0]
 
 
-def dq_scratch(dtype, panels: int, *, interpret) -> dict:
-    kv_slots, q_slots = (2, 1) if panels == 2 else (4, 2)
+def dq_scratch(dtype, panels: int, *, kv_block: int = KV_BLOCK, cluster: int | None = None, interpret) -> dict:
+    """cluster: of how many blocks, behind a norm."""
+    kv_slots, q_slots = (256 // kv_block, 1) if panels == 2 else (512 // kv_block, 2)
     buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
-    held, stream = (COMPUTE, q_slots, panels, TILE, hopper.PANEL), (kv_slots, panels, KV_BLOCK, hopper.PANEL)
-    return dict(
+    held, stream = (COMPUTE, q_slots, panels, TILE, hopper.PANEL), (kv_slots, panels, kv_block, hopper.PANEL)
+    scratch = dict(
         q_smem=buffer(held),
         do_smem=buffer(held),
         k_smem=buffer(stream),
         v_smem=buffer(stream),
-        out_smem=hopper.store_buffer((COMPUTE, panels, TILE, hopper.PANEL), dtype),
+        out_smem=buffer((COMPUTE, panels, TILE, hopper.PANEL)),
         q_full=plgpu.Barrier(num_arrivals=2 * panels, num_barriers=COMPUTE * q_slots),
         q_empty=plgpu.Barrier(num_arrivals=1, num_barriers=COMPUTE * q_slots),
         kv_full=plgpu.Barrier(num_arrivals=2 * panels, num_barriers=kv_slots),
         kv_empty=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=kv_slots),
         tail_zeroed=plgpu.Barrier(num_arrivals=COMPUTE),
     )
+    if cluster:
+        scratch |= dict(
+            residual_full=plgpu.Barrier(num_arrivals=panels, num_barriers=COMPUTE),
+            out_empty=plgpu.Barrier(num_arrivals=1, num_barriers=COMPUTE),
+            sums_full=plgpu.ClusterBarrier(collective_axes=("head",), num_barriers=COMPUTE),
+        )
+    return scratch
 
 
 def _dq(
@@ -323,8 +368,7 @@ def _dq(
     k_gmem,
     v_gmem,
     do_gmem,
-    dq_gmem,
-    *,
+    *rest,
     q_smem,
     do_smem,
     k_smem,
@@ -335,30 +379,38 @@ def _dq(
     kv_full,
     kv_empty,
     tail_zeroed,
+    residual_full=None,
+    out_empty=None,
+    sums_full=None,
     activations,
     names,
+    kv_block,
     sms,
     interpret,
 ):
     heads, width = q_gmem.shape[1:]
     group, panels, dtype = heads // k_gmem.shape[1], width // hopper.PANEL, q_gmem.dtype
     kv_slots, q_slots = kv_full.shape[0], q_full.shape[0] // COMPUTE
-    (q_tma, q_mma), (do_tma, do_mma), (k_tma, k_mma), (v_tma, v_mma) = (
-        hopper.row_views(x, interpret=interpret) for x in (q_smem, do_smem, k_smem, v_smem)
+    (q_tma, q_mma), (do_tma, do_mma), (k_tma, k_mma), (v_tma, v_mma), (out_tma, out_mma) = (
+        hopper.row_views(x, interpret=interpret) for x in (q_smem, do_smem, k_smem, v_smem, out_smem)
     )
+    behind_norm = len(rest) > 1
+    factor_gmem, residual_gmem, dq_gmem, sums_gmem = rest if behind_norm else (None, None, *rest, None)
     _, slope_post = common.posts(activations)
     sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
-    my_items = dealt(counts_gmem[0] * heads, sms, sm)
+    ranks = heads if behind_norm else 1  # blocks that share an item, each with one head
+    rank = lax.axis_index("head") if behind_norm else jnp.int32(0)
+    my_items = dealt(counts_gmem[0] * (heads // ranks), sms, sm)
     zero = jnp.int32(0)
 
     def read_item(turn):
         """(query row, query rows, key row, keys, head, pairs of query tiles, blocks of keys, do they stay)."""
         index = dealt_item(turn, sms, sm)
-        row = lax.div(index, heads)
+        row, head = (index, rank) if behind_norm else (lax.div(index, heads), lax.rem(index, heads))
         q_row, q_rows, kv_row, kv_rows = (items_gmem[row, c] for c in range(4))
         pairs = lax.div(q_rows + (COMPUTE * TILE - 1), COMPUTE * TILE)
-        blocks = lax.div(kv_rows + (KV_BLOCK - 1), KV_BLOCK)
-        return q_row, q_rows, kv_row, kv_rows, lax.rem(index, heads), pairs, blocks, blocks <= kv_slots
+        blocks = lax.div(kv_rows + (kv_block - 1), kv_block)
+        return q_row, q_rows, kv_row, kv_rows, head, pairs, blocks, blocks <= kv_slots
 
     def memory():
         plgpu.set_max_registers(common.MEMORY_REGISTERS, action="decrease")
@@ -389,8 +441,6 @@ def _dq(
                                     q_full.at[barrier],
                                 )
 
-                    q_counts[w] += (offset < q_rows).astype(jnp.int32)
-
                 @pl.when((pair == 0) | ~resident)
                 def _():
                     def load_block(j, _):
@@ -402,13 +452,32 @@ def _dq(
 
                         for p in range(panels):
                             for source, target in ((k_gmem, k_tma), (v_gmem, v_tma)):
-                                rows = pl.ds(kv_row + j * KV_BLOCK, KV_BLOCK)
+                                rows = pl.ds(kv_row + j * kv_block, kv_block)
                                 columns = common.panel_columns(lax.div(head, group), p)
                                 plgpu.copy_gmem_to_smem(
                                     source.at[(rows, *columns)], target.at[slot, p], kv_full.at[slot]
                                 )
 
                     lax.fori_loop(0, blocks, load_block, None)
+
+                for w in range(COMPUTE):
+                    offset = (pair * COMPUTE + w) * TILE
+                    if behind_norm:
+
+                        @pl.when(offset < q_rows)
+                        def _(w=w, offset=offset, n=q_counts[w]):
+                            @pl.when(n > 0)
+                            def _():
+                                plgpu.barrier_wait(out_empty.at[w])
+
+                            for p in range(panels):
+                                plgpu.copy_gmem_to_smem(
+                                    residual_gmem.at[(pl.ds(q_row + offset, TILE), *common.panel_columns(head, p))],
+                                    out_tma.at[w, p],
+                                    residual_full.at[w],
+                                )
+
+                    q_counts[w] += (offset < q_rows).astype(jnp.int32)
 
                 last = (pair == pairs - 1) | ~resident
                 return *q_counts, jnp.where(last, kv_count + blocks, kv_count)
@@ -426,9 +495,9 @@ def _dq(
         def zero_kv_tail(slot, left):
             """Zero the rows of a block beyond the sample, one warpgroup K's and one V's."""
 
-            @pl.when(left < KV_BLOCK)
+            @pl.when(left < kv_block)
             def _():
-                for half in range(KV_BLOCK // TILE):
+                for half in range(kv_block // TILE):
                     for w, tensor in enumerate((k_mma, v_mma)):
 
                         @pl.when((warpgroup == w) & (left < TILE * (half + 1)))
@@ -437,6 +506,65 @@ def _dq(
                             common.zero_tail([tensor.at[slot, p, rows] for p in range(panels)], left - TILE * half)
 
                 common.meet(tail_zeroed)
+
+        def tile(ref):
+            return plgpu.load(ref, layout=plgpu.Layout.WGMMA)
+
+        def slices(x):
+            return [x[:, c : c + common.SLICE] for c in range(0, x.shape[1], common.SLICE)]
+
+        def along(values, x):
+            return lax.broadcast_in_dim(values, x.shape, [0])
+
+        def of_norm(dq, w, at):
+            """Slices of the gradient d that the norm's result gets, those of the result, and both row sums."""
+            gradients, results, total, product = [], [], 0.0, 0.0
+            for p in range(panels):
+                columns = dq[:, hopper.PANEL * p : hopper.PANEL * (p + 1)]
+                both = tile(do_mma.at[w, at, p]), tile(q_mma.at[w, at, p])
+                for piece, direct, result in zip(*map(slices, (columns, *both)), strict=True):
+                    d = piece * slope_post + hopper.widen(direct, interpret)
+                    total, product = total + d, product + d * hopper.widen(result, interpret)
+                    gradients.append(d)
+                    results.append(result)
+            return gradients, results, (jnp.sum(total, axis=1), jnp.sum(product, axis=1))
+
+        def send(sums, w, slot):
+            """This head's row sums to the blocks of the other heads."""
+            for i, x in enumerate(sums):
+                sums_gmem[sm, w, slot, rank, i] = x
+            hopper.fence_across_blocks(interpret)
+            plgpu.barrier_arrive(sums_full.at[w])
+
+        def receive(w, slot):
+            """Row means over all heads, added up in the order of the heads."""
+            plgpu.barrier_wait(sums_full.at[w])
+            hopper.fence_across_blocks(interpret)
+            every = [[row_values(sums_gmem.at[sm, w, slot, h, i]) for h in range(heads)] for i in range(2)]
+            return [sum(parts[1:], parts[0]) * (1 / (heads * width)) for parts in every]
+
+        def row_values(ref):
+            return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+        def stage_behind_norm(dq, factor, w, at, slot, q_barrier):
+            """Put the gradient in place of the residual's, which is added while the heads' sums are under way."""
+            gradients, results, sums = of_norm(dq, w, at)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(q_empty.at[q_barrier])
+            send(sums, w, slot)
+            plgpu.barrier_wait(residual_full.at[w])
+            residual = [x for p in range(panels) for x in slices(tile(out_mma.at[w, p]))]
+            added = [
+                d * along(factor, d) + hopper.widen(x, interpret) for d, x in zip(gradients, residual, strict=True)
+            ]
+            of_one, of_result = (factor * x for x in receive(w, slot))
+            out = [
+                (x - along(of_one, x) - hopper.widen(result, interpret) * along(of_result, x)).astype(dtype)
+                for x, result in zip(added, results, strict=True)
+            ]
+            for p in range(panels):
+                n = len(out) // panels
+                out_mma.at[w, p][...] = lax.concatenate(out[n * p : n * (p + 1)], 1)
 
         def item_body(turn, counters):
             q_row, q_rows, _, kv_rows, head, pairs, blocks, resident = read_item(turn)
@@ -454,7 +582,7 @@ def _dq(
                     @pl.when(first)
                     def _():
                         plgpu.barrier_wait(kv_full.at[slot])
-                        zero_kv_tail(slot, kv_rows - j * KV_BLOCK)
+                        zero_kv_tail(slot, kv_rows - j * kv_block)
 
                     return slot
 
@@ -464,6 +592,8 @@ def _dq(
                         plgpu.barrier_arrive(kv_empty.at[slot])
 
                 def active():
+                    if behind_norm:
+                        factor = row_values(factor_gmem.at[pl.ds(q_row + offset, TILE)])
                     plgpu.barrier_wait(q_full.at[q_barrier])
 
                     def accumulate(dq_acc):
@@ -479,12 +609,20 @@ def _dq(
                                 _, slopes = common.weights_and_slopes(activations, names, head, s, dtype)
                                 return slopes * plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
 
-                            square = plgpu.ACC((TILE, KV_BLOCK), jnp.float32)
+                            square = plgpu.ACC((TILE, kv_block), jnp.float32)
                             ds = pl.run_scoped(score_gradients, square, square).astype(dtype)
 
-                            @pl.when(j == blocks - 1)
-                            def _():
-                                plgpu.barrier_arrive(q_empty.at[q_barrier])
+                            if behind_norm:
+
+                                @pl.when((j == 0) & (q_count > 0))
+                                def _():
+                                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                                    plgpu.barrier_arrive(out_empty.at[warpgroup])
+                            else:
+
+                                @pl.when(j == blocks - 1)
+                                def _():
+                                    plgpu.barrier_arrive(q_empty.at[q_barrier])
 
                             for p in range(panels):
                                 plgpu.wgmma(common.acc_panel(dq_acc, p, panels), ds, k_mma.at[slot, p])
@@ -495,10 +633,14 @@ def _dq(
                         return dq_acc[...]
 
                     dq = pl.run_scoped(accumulate, plgpu.ACC((TILE, width), jnp.float32))
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    common.stage(dq, slope_post, out_smem.at[warpgroup])
+                    if behind_norm:
+                        w, at = common.hold(warpgroup, q_slot)
+                        stage_behind_norm(dq, factor, w, at, common.modulo(q_count, 2), q_barrier)
+                    else:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        common.stage(dq, slope_post, out_mma.at[warpgroup])
                     plgpu.commit_smem()
-                    common.store_tile(out_smem.at[warpgroup], dq_gmem, q_row + offset, head, q_rows - offset)
+                    common.store_tile(out_tma.at[warpgroup], dq_gmem, q_row + offset, head, q_rows - offset)
 
                 def idle():
                     lax.fori_loop(0, blocks, lambda j, _: release_block(await_block(j)), None)
@@ -510,8 +652,10 @@ def _dq(
             return lax.fori_loop(0, pairs, pair_body, counters)
 
         lax.fori_loop(0, my_items, item_body, (zero, zero))
-        out = out_smem.at[warpgroup, 0]
-        common.fill_zeros(out, out, fills_gmem, (dq_gmem,), sm * COMPUTE + warpgroup, sms * COMPUTE)
+        worker = (sm * ranks + rank) * COMPUTE + warpgroup
+        common.fill_zeros(
+            out_mma.at[warpgroup, 0], out_tma.at[warpgroup, 0], fills_gmem, (dq_gmem,), worker, sms * ranks * COMPUTE
+        )
         plgpu.wait_smem_to_gmem(0)
 
     lax.cond(warpgroup < COMPUTE, compute, memory)

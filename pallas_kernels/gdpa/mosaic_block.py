@@ -17,18 +17,12 @@ Limits: as `mosaic_forward`, and H·D up to 512.
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax._src.lib.mlir import ir
-from jax._src.lib.mlir.dialects import arith, vector
-from jax.experimental.mosaic import gpu as mosaic
-from jax.experimental.mosaic.gpu import utils as mosaic_utils
 
 from pallas_kernels import hopper
 from pallas_kernels.gdpa.activations import kernel_activation
@@ -132,27 +126,6 @@ def block_scratch(dtype, heads: int, panels: int, tiles: BlockTiles, *, interpre
         empty=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=2 * tiles.slots),
         tail_full=plgpu.Barrier(num_arrivals=panels * hopper.tail_arrivals(tiles.kv_block)),
     )
-
-
-def _widen(x, interpret):
-    """To float32; from bfloat16 in one instruction per value, where Mosaic takes one and a half."""
-    if interpret or x.dtype != jnp.bfloat16:
-        return x.astype(jnp.float32)
-    out = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=plgpu.Layout.WGMMA)
-
-    def widen(_, x):
-        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-        registers = np.empty_like(x.registers)
-        for i, pair in np.ndenumerate(x.registers):
-            bits = mosaic_utils.bitcast(pair, i32)
-            low = arith.shli(bits, mosaic_utils.c(16, i32))
-            high = arith.andi(bits, mosaic_utils.c(-(1 << 16), i32))
-            both = [arith.bitcast(f32, x) for x in (low, high)]
-            registers[i] = vector.from_elements(ir.VectorType.get((2,), f32), both)
-        return mosaic.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
-
-    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=out)(widen)
-    return inline(x)
 
 
 def _kernel(
@@ -293,7 +266,7 @@ def _kernel(
     def mine(head, p):
         """A panel of the warpgroup's rows in float32."""
         x = plgpu.load(q_mma.at[warpgroup, head * panels + p], layout=plgpu.Layout.WGMMA)
-        return _widen(x, interpret)
+        return hopper.widen(x, interpret)
 
     def put(head, p, x):
         q_mma[warpgroup, head * panels + p] = x.astype(dtype)
@@ -419,7 +392,7 @@ def _kernel(
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for p in range(panels):
             attended = out[:, hopper.PANEL * p : hopper.PANEL * (p + 1)] * post
-            mixed = attended + _widen(normed[p], interpret)
+            mixed = attended + hopper.widen(normed[p], interpret)
             squares += jnp.sum(mixed * mixed, axis=1)
             put(head, p, attended)
         if save:
@@ -442,7 +415,7 @@ def _kernel(
             for p in range(panels):
                 again = kv_mma.at[at(n), warpgroup, p]
                 again = again.at[pl.ds(0, WARPGROUP_ROWS)] if block > WARPGROUP_ROWS else again
-                x = _widen(plgpu.load(again, layout=plgpu.Layout.WGMMA), interpret)
+                x = hopper.widen(plgpu.load(again, layout=plgpu.Layout.WGMMA), interpret)
                 put(head, p, mine(head, p) * along_rows(rms) + (x * of_x - rest))
             plgpu.commit_smem()
             for which in range(2):

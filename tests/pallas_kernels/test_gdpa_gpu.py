@@ -78,12 +78,14 @@ CASES = {
     "short-keys-d128": dict(samples=60, lq=300, lkv=100, heads=4, kv_heads=4, width=128, dtype="bfloat16"),
     "resident-d64-float16": dict(samples=60, lq=700, lkv=300, heads=8, kv_heads=8, width=64, dtype="float16"),
     "few-keys-d64": dict(samples=60, lq=200, lkv=40, heads=4, kv_heads=1, width=64, dtype="bfloat16"),
+    "wide-d128-grouped": dict(samples=40, lq=300, lkv=500, heads=8, kv_heads=4, width=128, dtype="bfloat16"),
 }
+BLOCKS = ("resident-d128", "few-keys-d64", "wide-d128-grouped", "resident-d64-float16")
 
 
 @pytest.mark.parametrize(
     ("name", "operator"),
-    [*((name, gdpa) for name in CASES), ("resident-d128", gdpa_block), ("few-keys-d64", gdpa_block)],
+    [*((name, gdpa) for name in CASES), *((name, gdpa_block) for name in BLOCKS)],
 )
 def test_values_and_gradients(name, operator):
     shape = CASES[name]

@@ -11,7 +11,7 @@ import pytest
 from pallas_kernels import hopper
 from pallas_kernels.gdpa import mosaic_backward, mosaic_backward_common, mosaic_backward_fused, mosaic_backward_split
 from pallas_kernels.gdpa.activations import ACTIVATIONS
-from pallas_kernels.gdpa.mosaic_backward import gdpa_backward, is_fused
+from pallas_kernels.gdpa.mosaic_backward import finishes_norm, gdpa_backward, is_fused
 
 interpreter.install()
 
@@ -24,7 +24,7 @@ LIMIT = {"bfloat16": 3.6e-3, "float16": 6e-4}
 @pytest.fixture
 def whole_tiles(monkeypatch):
     """Activations of whole tiles at once: slices save registers, which cost nothing here, and take long to trace."""
-    monkeypatch.setattr(mosaic_backward_common, "_SLICE", 128)
+    monkeypatch.setattr(mosaic_backward_common, "SLICE", 128)
 
 
 def jagged(rng, lengths, gap):
@@ -137,6 +137,57 @@ def test_interpreted_without_races(name):
     check(*case, activation=activation, fused=fused, interpret=interpreter.RACES, sms=SMS)
 
 
+BEHIND_NORM = {
+    # dtype, width, heads, kv heads, query lengths, key lengths, activation
+    "resident-no-keys-grouped": ("float16", 64, 4, 2, (70, 0, 1), (130, 9, 0), ("relu", "silu", "identity", "relu2")),
+    "streamed-wide": ("bfloat16", 128, 2, 2, (130, 5), (300, 7), ("relu", "relu")),
+}
+
+
+@pytest.mark.usefixtures("whole_tiles")
+@pytest.mark.parametrize("name", BEHIND_NORM)
+def test_interpreted_behind_a_norm(name):
+    dtype, width, heads, kv_heads, q_lengths, kv_lengths, activation = BEHIND_NORM[name]
+    case = dict(width=width, heads=heads, kv_heads=kv_heads, q_lengths=q_lengths, kv_lengths=kv_lengths)
+    operands, spans, (covered, _) = inputs(5, **case, dtype=dtype)
+    rng = np.random.default_rng(6)
+    residual = jnp.asarray(np.where(covered[:, None, None], rng.normal(size=operands[0].shape), np.nan), dtype)
+    factor = jnp.asarray(np.where(covered, rng.uniform(0.5, 2, covered.shape), np.nan), jnp.float32)
+    static = dict(activation=activation, scale=0.2, post_scale=1.5)
+
+    def run(*operands, **more):
+        where = [jnp.asarray(spans[n]) for n in SPANS]
+        lengths = dict(max_q_length=max(q_lengths), max_kv_length=max(kv_lengths))
+        behind = mosaic_backward_split.BehindNorm(factor, residual)
+        return mosaic_backward.gdpa_backward_behind_norm(*operands, *where, behind, **lengths, **static, **more)
+
+    dx, *_ = jax.jit(functools.partial(run, sms=SMS, interpret=interpreter.RACES))(*operands)
+    sizes = (max(q_lengths), max(kv_lengths))
+    places = (("q", 0), ("kv", 1), ("kv", 1), ("q", 0))
+    q, k, v, do = (
+        padded(x, spans[f"{p}_starts"], spans[f"{p}_lengths"], sizes[i])
+        for x, (p, i) in zip(operands, places, strict=True)
+    )
+    k, v = (jnp.repeat(x, heads // kv_heads, 2) for x in (k, v))
+
+    def loss(q):
+        s = jnp.einsum("bqhd,bkhd->hbqk", q, k, precision="highest") * static["scale"]
+        weights = jnp.stack([ACTIVATIONS[name](s[h])[0] for h, name in enumerate(activation)]) * static["post_scale"]
+        return jnp.sum(do * jnp.einsum("hbqk,bkhd->bqhd", weights, v, precision="highest"))
+
+    d = jax.grad(loss)(q) + do
+    means = (jnp.mean(x, axis=(2, 3), keepdims=True) for x in (d, d * q))
+    place = (spans["q_starts"], spans["q_lengths"], sizes[0])
+    scaled, added = (padded(x, *place) for x in (jnp.broadcast_to(factor[:, None, None], residual.shape), residual))
+    of_one, of_q = means
+    wanted = scaled * (d - of_one - q * of_q) + added
+    got = padded(dx, *place)
+    for b, length in enumerate(q_lengths):
+        error, norm = (np.linalg.norm(np.asarray(x[b, :length]), axis=(0, 2)) for x in (got - wanted, wanted))
+        assert (error <= LIMIT[dtype] * norm).all(), (b, error / norm)
+    assert not np.asarray(dx, np.float32)[~covered].any()
+
+
 def test_no_keys_or_no_queries_anywhere():
     case = inputs(2, width=64, heads=1, kv_heads=1, q_lengths=(9, 0), kv_lengths=(0, 30), dtype="bfloat16")
     check(*case, activation=("identity",), fused=True, interpret=interpreter.RACES, sms=SMS)  # in slices
@@ -185,6 +236,21 @@ def test_lowers_for_hopper(width, max_kv_length, kernels):
         assert kernel in text
 
 
+@pytest.mark.parametrize(("width", "heads"), [(64, 8), (128, 4)])
+def test_lowers_behind_a_norm(width, heads):
+    operands = shapes(width, "bfloat16", heads=heads, kv_heads=heads // 2)
+    q = operands[0]
+    static = dict(activation=("relu",) * heads, scale=0.1, post_scale=1.0, max_q_length=1000, max_kv_length=512)
+
+    def f(*operands):
+        *operands, factor, residual = operands
+        behind = mosaic_backward_split.BehindNorm(factor, residual)
+        return mosaic_backward.gdpa_backward_behind_norm(*operands, behind, **static, sms=132)
+
+    factor = jax.ShapeDtypeStruct(q.shape[:1], jnp.float32)
+    assert "gdpa_dq_behind_norm" in interpreter.lower_for_hopper(f, *operands, factor, q)
+
+
 @pytest.mark.parametrize(
     ("max_kv_length", "activation"),
     [
@@ -205,6 +271,9 @@ def test_shared_memory_fits(panels):
         mosaic_backward_fused.fused_scratch(jnp.bfloat16, panels, interpret=None),
         split.dkv_scratch(jnp.bfloat16, panels, stages=2 if panels == 2 else 4, interpret=None),
         split.dq_scratch(jnp.bfloat16, panels, interpret=None),
+        split.dq_scratch(
+            jnp.bfloat16, panels, kv_block=split.BEHIND_NORM_KV_BLOCK[64 * panels], cluster=8, interpret=None
+        ),
     ):
         assert hopper.shared_bytes(scratch) <= hopper.SHARED_MEMORY
 
@@ -214,6 +283,16 @@ def test_route():
     assert is_fused(max_kv_length=256, **many)
     assert not is_fused(max_kv_length=257, **many)  # a third pass would round dq again
     assert not is_fused(max_kv_length=128, samples=8, kv_heads=4, sms=132)  # 32 items would leave 100 SMs idle
+
+
+def test_which_calls_finish_the_norm():
+    many = dict(samples=1152, kv_heads=4, max_q_length=1000, sms=132)
+    assert finishes_norm(**many, heads=4, width=128, max_kv_length=256)
+    assert finishes_norm(**many, heads=8, width=64, max_kv_length=512)
+    assert not finishes_norm(**many, heads=8, width=64, max_kv_length=256)  # the fused kernel and a pass are as fast
+    assert not finishes_norm(**many, heads=16, width=128, max_kv_length=512)  # no cluster has 16 blocks everywhere
+    assert not finishes_norm(**many, heads=1, width=128, max_kv_length=512)
+    assert not finishes_norm(**many, heads=4, width=128, max_kv_length=0)
 
 
 def test_unsupported_says_why():

@@ -47,6 +47,20 @@ def test_interpreted_kernel(N, F, dtype, masked):
     assert relative(got, wide) <= 1.2 * relative(wide.astype(dtype), wide)
 
 
+def test_values_of_rows_beside_them():
+    operands, inside = arrays(2, 8, 256, jnp.bfloat16), jnp.arange(8) > 2
+
+    def body(x, y):
+        return x + y, rows.mean(x * y)
+
+    run = functools.partial(rows.row_kernel, name="rows", interpret=interpreter.RACES)
+    kernel = run(body, *operands, inside=inside, and_value=True)
+    xla = rows.row_pass(body, *operands, name="rows", inside=inside, and_value=True)
+    np.testing.assert_array_equal(*(np.asarray(x[0], np.float32) for x in (kernel, xla)))
+    assert kernel[1].dtype == jnp.float32
+    np.testing.assert_allclose(kernel[1], xla[1], rtol=1e-5)
+
+
 def test_the_pass_is_automatic_differentiation_of_its_definition():
     x, d_residual, d = arrays(3, 5, 12, jnp.float32)
 
@@ -110,6 +124,15 @@ def test_every_choice_is_lowered(F, dtype, masked):
         return rows.row_kernel(back, *x[:3], name="rows", inside=x[3] if masked else None)
 
     assert "mosaic_gpu" in interpreter.lower_for_hopper(f, x, x, x, *inside)
+
+
+def test_values_beside_rows_are_lowered(on_hopper):
+    x = jax.ShapeDtypeStruct((1000, 1024), jnp.bfloat16)
+
+    def f(*x):
+        return rows.row_pass(lambda a, b: (a + b, rows.mean(a * b)), *x, name="rows", and_value=True)
+
+    assert "mosaic_gpu" in interpreter.lower_for_hopper(f, x, x)
 
 
 def test_several_shards_are_lowered(on_hopper):
