@@ -115,7 +115,10 @@ def backward_behind_norm(static: Static, q, k, v, *spans, do, factor, residual):
     """Gradients of x, k and v where q is the LayerNorm of x; see `BehindNorm`. Needs `finishes_norm`."""
     known = {name: x for name, x in static._asdict().items() if name != "shared_keys"}
     behind_norm = BehindNorm(factor, residual)
-    grads = mosaic_backward.gdpa_backward_behind_norm(q, k, v, do, *spans, behind_norm, **known)
+    q_starts, q_lengths, kv_starts, kv_lengths = spans
+    grads = mosaic_backward.gdpa_backward_behind_norm(
+        q, k, v, do, q_starts, q_lengths, kv_starts, kv_lengths, behind_norm, **known
+    )
     return vary_together(*grads, q)[:3]
 
 

@@ -379,9 +379,9 @@ def _dq(
     kv_full,
     kv_empty,
     tail_zeroed,
-    residual_full=None,
-    out_empty=None,
-    sums_full=None,
+    residual_full: Any = None,
+    out_empty: Any = None,
+    sums_full: Any = None,
     activations,
     names,
     kv_block,
@@ -395,7 +395,8 @@ def _dq(
         hopper.row_views(x, interpret=interpret) for x in (q_smem, do_smem, k_smem, v_smem, out_smem)
     )
     behind_norm = len(rest) > 1
-    factor_gmem, residual_gmem, dq_gmem, sums_gmem = rest if behind_norm else (None, None, *rest, None)
+    every: Any = rest if behind_norm else (None, None, *rest, None)
+    factor_gmem, residual_gmem, dq_gmem, sums_gmem = every
     _, slope_post = common.posts(activations)
     sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
     ranks = heads if behind_norm else 1  # blocks that share an item, each with one head
