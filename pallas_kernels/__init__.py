@@ -2,7 +2,15 @@
 
 from pallas_kernels.dispatch import SlowerPathWarning
 from pallas_kernels.gdpa import gdpa, gdpa_block
-from pallas_kernels.seed_attention import seed_attention
-from pallas_kernels.sliding_window import sliding_window_attention
+from pallas_kernels.seed_attention import packed_seed_attention, seed_attention
+from pallas_kernels.sliding_window import packed_sliding_window_attention, sliding_window_attention
 
-__all__ = ["SlowerPathWarning", "gdpa", "gdpa_block", "seed_attention", "sliding_window_attention"]
+__all__ = [
+    "SlowerPathWarning",
+    "gdpa",
+    "gdpa_block",
+    "packed_seed_attention",
+    "packed_sliding_window_attention",
+    "seed_attention",
+    "sliding_window_attention",
+]

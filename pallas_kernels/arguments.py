@@ -49,6 +49,15 @@ def check_heads(
         )
 
 
+def check_parts(operator: str, name: str, x: Float[Array, "N heads D"], parts: int) -> None:
+    """Raise ValueError unless x has rank 3 and `parts` times as many heads as each of its parts, at least one."""
+    check_rank(operator, name, x, "N heads D")
+    if x.shape[1] == 0 or x.shape[1] % parts or x.shape[2] == 0:
+        raise ValueError(
+            f"{operator}: {name} has {x.shape[1]} heads of width {x.shape[2]}; it holds {parts} parts of equal size"
+        )
+
+
 def check_scale(operator: str, name: str, scale: float) -> float:
     """A static, positive, finite factor as a Python float; ValueError for anything else."""
     if isinstance(scale, Tracer):

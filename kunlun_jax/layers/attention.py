@@ -4,9 +4,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kunlun_jax.jagged import Jagged, over_shards
-from kunlun_jax.layers.mlp import in_parts, linear
+from kunlun_jax.layers.mlp import linear
 from kunlun_jax.layers.norm import split_norm
-from pallas_kernels import sliding_window_attention
+from pallas_kernels import packed_sliding_window_attention
 
 
 class WindowAttention(nnx.Module):
@@ -24,14 +24,11 @@ class WindowAttention(nnx.Module):
 
     def __call__(self, sequence: Jagged, angles: Float[Array, "P N half"]) -> Jagged:
         s, normed = split_norm(sequence.values)
-        projected = in_parts(self.query_key_value, normed, 3)
-        q, k, v = (x.reshape(*s.shape[:2], self.heads, -1) for x in projected)
+        projected = self.query_key_value(normed)
 
-        def attend(q, k, v, angles, starts, lengths):
-            return sliding_window_attention(
-                q,
-                k,
-                v,
+        def attend(qkv, angles, starts, lengths):
+            return packed_sliding_window_attention(
+                qkv.reshape(qkv.shape[0], 3 * self.heads, -1),
                 angles=angles,
                 starts=starts,
                 lengths=lengths,
@@ -40,5 +37,5 @@ class WindowAttention(nnx.Module):
                 implementation=self.implementation,
             )
 
-        o = over_shards(attend, q, k, v, angles, sequence.starts, sequence.lengths)
+        o = over_shards(attend, projected, angles, sequence.starts, sequence.lengths)
         return sequence.with_values(s + self.output(o.reshape(s.shape)))

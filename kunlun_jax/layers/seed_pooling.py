@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from kunlun_jax.jagged import Jagged, over_shards
 from kunlun_jax.layers.mlp import beside_parts, cast, linear, mix_tokens, normal
 from kunlun_jax.layers.norm import layer_norm
-from pallas_kernels import seed_attention
+from pallas_kernels import packed_seed_attention
 
 Compression = Literal["sum_kron", "dense"]
 
@@ -62,21 +62,19 @@ class SeedAttention(nnx.Module):
 
     def __call__(self, sequence: Jagged) -> tuple[Float[Array, "B S d"], Jagged]:
         q = self.query(self.norm(self.seeds[...])).reshape(self.seeds.shape[0], self.heads, -1)
-        s, keys_values = beside_parts(self.key_value, sequence.values, 2)
-        k, v = (x.reshape(*s.shape[:2], self.heads, -1) for x in keys_values)
+        s, (keys_values,) = beside_parts(self.key_value, sequence.values, 1)
 
-        def attend(k, v, starts, lengths):
-            return seed_attention(
+        def attend(kv, starts, lengths):
+            return packed_seed_attention(
                 q,
-                k,
-                v,
+                kv.reshape(kv.shape[0], 2 * self.heads, -1),
                 starts=starts,
                 lengths=lengths,
                 max_length=sequence.max_length,
                 implementation=self.implementation,
             )
 
-        pooled = over_shards(attend, k, v, sequence.starts, sequence.lengths)
+        pooled = over_shards(attend, keys_values, sequence.starts, sequence.lengths)
         pooled = self.output(pooled.reshape(-1, self.seeds.shape[0], s.shape[-1]))
         return pooled, sequence.with_values(s)
 

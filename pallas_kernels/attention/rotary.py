@@ -1,7 +1,8 @@
-"""Rotary encoding inside the kernels: tiles are rotated in shared memory between their copy and their first product.
+"""Rotary encoding: in a pass of its own, or inside the kernels.
 
-The warpgroup that issues copies does it, one tile behind the copies it has issued. Angles are read where they lie; no
-rotated q or k ever reaches device memory, and gradients are turned back in registers.
+Inside, tiles are rotated in shared memory between their copy and their first product. The warpgroup that issues copies
+does it, one tile behind the copies it has issued. Angles are read where they lie; no rotated q or k ever reaches device
+memory, and gradients are turned back in registers.
 
 Numerics: sine and cosine are the hardware's approximation after an exact reduction to one turn; rotated tiles are
 rounded to the operands' dtype, as on the other paths.
@@ -30,6 +31,46 @@ class Angles(NamedTuple):
 
     rows: jax.Array
     last: jax.Array
+
+
+def pass_rows(width: int) -> int:
+    """Rows of a block of the grid of `rotate_pass`."""
+    return 1024 // (width // 2)
+
+
+def rotate_pass(x: Float[Array, "N H D"], angles: Float[Array, "N half"], *, heads: int, interpret=None):
+    """x with its first `heads` heads rotated in place, N a multiple of `pass_rows`.
+
+    Sine and cosine are computed once for all heads; XLA computes them for every element. Rows whose angle is NaN become
+    NaN.
+    """
+    N, _, D = x.shape
+    half, tile = D // 2, pass_rows(D)
+    # A thread has eight neighbouring columns of both halves: 16 bytes of each.
+    tiling = plgpu.Tiling(((tile, half), (tile // 4, half), (8,)))
+    layout = plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+
+    def kernel(angles, x):
+        rows = pl.ds(lax.axis_index("tile") * tile, tile)
+        cos, sin = _turns(plgpu.load(angles.at[rows], layout=layout, optimized=False))
+        halves = [[x.at[rows, head, pl.ds(column, half)] for column in (0, half)] for head in range(heads)]
+        loaded = [[plgpu.load(y, layout=layout, optimized=False) for y in pair] for pair in halves]
+        for pair, values in zip(halves, loaded, strict=True):
+            a, b = (y.astype(jnp.float32) for y in values)
+            pair[0][...] = (a * cos - b * sin).astype(x.dtype)
+            pair[1][...] = (a * sin + b * cos).astype(x.dtype)
+
+    target = jax.new_ref(x)
+    plgpu.kernel(
+        kernel,
+        out_type=[],
+        grid=(N // tile,),
+        grid_names=("tile",),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
+        kernel_name="rotate_pass",
+        interpret=interpret,
+    )(angles, target)
+    return jax.freeze(target)
 
 
 def with_end(angles: Float[Array, "N half"]) -> Angles:

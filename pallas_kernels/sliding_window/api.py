@@ -1,22 +1,37 @@
 """The public operator `sliding_window_attention`: checks, then dispatch."""
 
+import functools
+
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.arguments import check_count, check_float, check_heads, check_scale, check_spans
+from pallas_kernels.arguments import check_count, check_float, check_heads, check_parts, check_scale, check_spans
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.sliding_window import mosaic, reference, xla
 
 NAME = "sliding_window_attention"
+PACKED = "packed_sliding_window_attention"
 
 
 def _supported(*args, **kwargs) -> None:
     return None
 
 
+def _in_parts(run, qkv, *args, **static):
+    return run(*jnp.split(qkv, 3, axis=1), *args, **static)
+
+
 IMPLEMENTATIONS = (
     Implementation("mosaic_gpu", mosaic.mosaic_gpu, mosaic.unsupported),
     Implementation("xla", xla.sliding_window_attention, _supported),
     Implementation("reference", reference.sliding_window_attention, _supported, for_tests=True),
+)
+PACKED_IMPLEMENTATIONS = (
+    Implementation("mosaic_gpu", mosaic.mosaic_gpu_packed, mosaic.unsupported_packed),
+    *(
+        Implementation(i.name, functools.partial(_in_parts, i.run), _supported, i.for_tests)
+        for i in IMPLEMENTATIONS[1:]
+    ),
 )
 
 
@@ -56,35 +71,51 @@ def sliding_window_attention(
     """
     check_heads(NAME, "q", q, k, v)
     check_float(NAME, q=q, k=k, v=v)
-    N, _, D = q.shape
-    if k.shape[0] != N:
-        raise ValueError(f"{NAME}: q has {N} rows, k and v have {k.shape[0]}; they hold the same tokens")
-    starts, lengths, max_length = check_spans(NAME, starts, lengths, rows=N, max_length=max_length)
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"{NAME}: q has {q.shape[0]} rows, k and v have {k.shape[0]}; they hold the same tokens")
+    spans, static = _checked(NAME, q, starts, lengths, max_length, window, scale, angles)
+    return dispatch(NAME, IMPLEMENTATIONS, implementation, q, k, v, *spans, angles, **static)
+
+
+def packed_sliding_window_attention(
+    qkv: Float[Array, "N three_H D"],
+    *,
+    starts: Int32[Array, "B"],
+    lengths: Int32[Array, "B"],
+    max_length: int | None = None,
+    window: tuple[int | None, int | None],
+    scale: float | None = None,
+    angles: Float[Array, "N half_D"] | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "N H D"]:
+    """`sliding_window_attention` of one array: its first H heads are q, then come those of k and of v.
+
+    That is what one projection makes, and its gradient is one array as well: two wide products in place of six. The
+    Hopper kernels read and write the parts where they lie; the other paths cut them out, which copies.
+
+    Args and Raises: as for `sliding_window_attention`; ValueError if the heads are no multiple of 3.
+    """
+    check_parts(PACKED, "qkv", qkv, 3)
+    check_float(PACKED, qkv=qkv)
+    spans, static = _checked(PACKED, qkv, starts, lengths, max_length, window, scale, angles)
+    return dispatch(PACKED, PACKED_IMPLEMENTATIONS, implementation, qkv, *spans, angles, **static)
+
+
+def _checked(name, x, starts, lengths, max_length, window, scale, angles):
+    """(starts and lengths, static arguments of the implementations), after the checks that both operators share."""
+    N, _, D = x.shape
+    starts, lengths, max_length = check_spans(name, starts, lengths, rows=N, max_length=max_length)
     if not isinstance(window, tuple) or len(window) != 2:
-        raise ValueError(f"{NAME}: window must be a tuple (left, right), got {window!r}")
+        raise ValueError(f"{name}: window must be a tuple (left, right), got {window!r}")
     farthest = max(max_length - 1, 0)
     left, right = (
-        farthest if side is None else min(check_count(NAME, f"window[{i}]", side), farthest)
+        farthest if side is None else min(check_count(name, f"window[{i}]", side), farthest)
         for i, side in enumerate(window)
     )
-    scale = check_scale(NAME, "scale", D**-0.5 if scale is None else scale)
+    scale = check_scale(name, "scale", D**-0.5 if scale is None else scale)
     if angles is not None and (angles.dtype != "float32" or angles.shape != (N, D // 2) or D % 2):
         raise ValueError(
-            f"{NAME}: angles must be float32 [N, D/2] with an even D, here [{N}, {D / 2:g}]; "
+            f"{name}: angles must be float32 [N, D/2] with an even D, here [{N}, {D / 2:g}]; "
             f"got {angles.dtype} {list(angles.shape)}"
         )
-    return dispatch(
-        NAME,
-        IMPLEMENTATIONS,
-        implementation,
-        q,
-        k,
-        v,
-        starts,
-        lengths,
-        angles,
-        max_length=max_length,
-        left=left,
-        right=right,
-        scale=scale,
-    )
+    return (starts, lengths), dict(max_length=max_length, left=left, right=right, scale=scale)

@@ -15,7 +15,7 @@ from pallas_kernels.attention.backward_kv import attention_dkv
 from pallas_kernels.attention.backward_q import attention_dq
 from pallas_kernels.attention.common import Heads
 from pallas_kernels.attention.forward import attention_forward
-from pallas_kernels.attention.rotary import with_end
+from pallas_kernels.attention.rotary import pass_rows, rotate_pass, with_end
 from pallas_kernels.attention.tables import Spans, ranges, window_reach
 from pallas_kernels.attention.work import Window, WindowWithoutTables
 from pallas_kernels.jagged import vary_together
@@ -123,10 +123,13 @@ def forward_warpgroups(width: int, left: int | None, right: int | None, *, rotat
 def _forward(static: Static, arrays, starts, lengths, angles=None):
     q, k, v = arrays * 3 if len(arrays) == 1 else arrays
     if angles is not None and not static.turn_inside:
-        if len(arrays) == 1:
-            (q,) = (k,) = xla.rotated(starts, lengths, angles, q[:, : static.heads.first_v])
-        else:
+        rotated_heads = static.heads.first_v
+        if len(arrays) == 3:
             q, k = xla.rotated(starts, lengths, angles, q, k)
+        elif q.shape[0] % pass_rows(q.shape[2]) == 0:
+            q = k = v = rotate_pass(q, angles, heads=rotated_heads, interpret=static.interpret)
+        else:
+            (q,) = (k,) = xla.rotated(starts, lengths, angles, q[:, :rotated_heads])
     angles = None if angles is None else with_end(angles)
     inside = angles if static.turn_inside else None
     warpgroups = forward_warpgroups(q.shape[2], static.left, static.right, rotates=inside is not None)

@@ -40,6 +40,7 @@ from pallas_kernels.seed_attention import mosaic as seed_mosaic
 from pallas_kernels.seed_attention import reference as seed_reference
 from pallas_kernels.sliding_window import mosaic as window_mosaic
 from pallas_kernels.sliding_window import reference as window_reference
+from pallas_kernels.sliding_window import xla as window_xla
 
 
 @pytest.fixture(autouse=True)
@@ -278,41 +279,46 @@ def test_registers_are_moved_and_not_made(warpgroups, turned, panels):
 
 
 @pytest.mark.parametrize(
-    ("window", "width", "heads", "kv_heads", "turned"),
+    ("window", "width", "heads", "kv_heads", "rotated"),
     [
-        ((None, None), 64, 8, 2, False),
-        ((100, 0), 128, 4, 2, False),
-        ((100, 100), 128, 2, 2, True),
-        ((None, 7), 64, 8, 8, True),
+        ((None, None), 64, 8, 2, None),
+        ((100, 0), 128, 4, 2, "before"),
+        ((100, 100), 128, 2, 2, "packed"),
+        ((None, 7), 64, 8, 8, "inside"),
     ],
 )
-def test_window_kernels_are_lowered(window, width, heads, kv_heads, turned):
+def test_window_kernels_are_lowered(window, width, heads, kv_heads, rotated):
     dtype = jnp.bfloat16 if window[0] else jnp.float16
-    q, k = (jax.ShapeDtypeStruct((3000, h, width), dtype) for h in (heads, kv_heads))
-    span, angles = jax.ShapeDtypeStruct((5,), jnp.int32), jax.ShapeDtypeStruct((3000, width // 2), jnp.float32)
+    rows = 3008
+    q, k = (jax.ShapeDtypeStruct((rows, h, width), dtype) for h in (heads, kv_heads))
+    span, angles = jax.ShapeDtypeStruct((5,), jnp.int32), jax.ShapeDtypeStruct((rows, width // 2), jnp.float32)
     left, right = (2999 if side is None else side for side in window)
 
     def f(q, k, v, starts, lengths, angles):
         def attend(*x):
             static = dict(max_length=3000, left=left, right=right, scale=0.1, sms=132)
-            return window_mosaic.mosaic_gpu(
-                *x, starts, lengths, angles if turned else None, turn_inside=turned and width == 64, **static
-            )
+            static |= dict(turn_inside=rotated == "inside")
+            if rotated == "packed":
+                return window_mosaic.mosaic_gpu_packed(jnp.concatenate(x, 1), starts, lengths, angles, **static)
+            return window_mosaic.mosaic_gpu(*x, starts, lengths, angles if rotated else None, **static)
 
         out, pull = jax.vjp(attend, q, k, v)
         return pull(out)
 
-    assert interpreter.lower_for_hopper(f, q, k, k, span, span, angles).count("mosaic_gpu_v2") >= 3
+    text = interpreter.lower_for_hopper(f, q, k, k, span, span, angles)
+    assert text.count("mosaic_gpu_v2") >= (4 if rotated == "packed" else 3)
 
 
-@pytest.mark.parametrize(("width", "seeds"), [(128, 256), (64, 40)])
-def test_seed_kernels_are_lowered(width, seeds):
+@pytest.mark.parametrize(("width", "seeds", "packed"), [(128, 256, False), (64, 40, True)])
+def test_seed_kernels_are_lowered(width, seeds, packed):
     q, k = jax.ShapeDtypeStruct((seeds, 4, width), jnp.bfloat16), jax.ShapeDtypeStruct((3000, 2, width), jnp.bfloat16)
     span = jax.ShapeDtypeStruct((5,), jnp.int32)
 
     def f(q, k, v, starts, lengths):
-        def attend(*x):
-            return seed_mosaic.mosaic_gpu(*x, starts, lengths, max_length=3000, scale=0.1, sms=132)
+        def attend(q, *kv):
+            run = seed_mosaic.mosaic_gpu_packed if packed else seed_mosaic.mosaic_gpu
+            kv = [jnp.concatenate(kv, 1)] if packed else kv
+            return run(q, *kv, starts, lengths, max_length=3000, scale=0.1, sms=132)
 
         out, pull = jax.vjp(attend, q, k, v)
         return pull(out)
@@ -323,7 +329,7 @@ def test_seed_kernels_are_lowered(width, seeds):
 # --- the kernels, interpreted
 
 
-def packed(rng, lengths, heads, width, dtype):
+def jagged(rng, lengths, heads, width, dtype):
     """Arrays whose rows outside the samples are NaN, a function that clears those, and spans in shuffled order."""
     lengths = np.asarray(lengths)
     starts = np.cumsum(lengths + 3) - lengths
@@ -351,62 +357,72 @@ def check(names, got, wanted, tolerance):
         assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), name
 
 
-INTERPRETED = {  # lengths, window, heads, key heads, width, dtype
-    "two-sided, three tiles": ([131, 0, 1], (30, 20), 2, 1, 64, jnp.bfloat16),
-    "everything ahead, D 128, f16": ([65], (0, None), 1, 1, 128, jnp.float16),
+INTERPRETED = {  # lengths, window, heads, key heads, width, dtype, where q and k are rotated
+    "two-sided, three tiles": ([131, 0, 1], (30, 20), 2, 1, 64, jnp.bfloat16, None),
+    "everything ahead, D 128, f16, packed": ([65], (0, None), 1, 1, 128, jnp.float16, "packed"),
+    "rotated inside": ([70], (9, None), 1, 1, 64, jnp.bfloat16, "inside"),
 }
 
 
-@pytest.mark.parametrize("name", INTERPRETED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "rotated inside")) for name in INTERPRETED]
+)
 def test_window_kernels_interpreted(name):
-    lengths, window, heads, kv_heads, width, dtype = INTERPRETED[name]
+    """Wherever q and k are rotated, the kernels turn the gradients back. Packed ones are one array, as its gradient."""
+    lengths, window, heads, kv_heads, width, dtype, rotated = INTERPRETED[name]
     rng = np.random.default_rng(0)
-    (q, k, v, dout), used, spans = packed(rng, lengths, (heads, kv_heads, kv_heads, heads), width, dtype)
+    (q, k, v, dout), used, spans = jagged(rng, lengths, (heads, kv_heads, kv_heads, heads), width, dtype)
+    angles = rng.uniform(-1000, 1000, (len(used), width // 2)).astype(np.float32)
+    poisoned, clean = (jnp.asarray(np.where(used[:, None], angles, np.float32(x))) for x in (np.nan, 0))
     longest = max(lengths)
     left, right = (longest - 1 if side is None else side for side in window)
     static = dict(max_length=longest, left=left, right=right, scale=width**-0.5)
-    run = functools.partial(window_mosaic.mosaic_gpu, sms=2, interpret=interpreter.RACES)
-    got = value_and_gradients(lambda *x: run(*x, *spans, None, **static), q, k, v, dout=dout)
+
+    def run(*x):
+        kernels = dict(sms=2, interpret=interpreter.RACES, turn_inside=rotated == "inside")
+        if rotated == "packed":
+            return window_mosaic.mosaic_gpu_packed(jnp.concatenate(x, 1), *spans, poisoned, **static, **kernels)
+        return window_mosaic.mosaic_gpu(*x, *spans, poisoned if rotated else None, **static, **kernels)
+
+    def reference(*x):
+        return window_reference.sliding_window_attention(*x, *spans, clean if rotated else None, **static)
+
+    got = value_and_gradients(run, q, k, v, dout=dout)
     wide = [jnp.where(used[:, None, None], x, 0).astype(jnp.float32) for x in (q, k, v, dout)]
-    wanted = value_and_gradients(
-        lambda *x: window_reference.sliding_window_attention(*x, *spans, None, **static), *wide[:3], dout=wide[3]
-    )
-    check(("out", "q", "k", "v"), got, wanted, 4e-3)
+    wanted = value_and_gradients(reference, *wide[:3], dout=wide[3])
+    check(("out", "q", "k", "v"), got, wanted, 6e-3 if rotated else 4e-3)
     for name, x in zip(("out", "q", "k", "v"), got, strict=True):
         assert not np.asarray(x, np.float32)[~used].any(), name
 
 
 def test_samples_of_one_length_interpreted():
-    """Where they fill the rows, the whole grid is one team; the samples' tiles are no multiple of it."""
+    """Where they fill the rows, the whole grid is one team; the samples' tiles are no multiple of it.
+
+    Nor are the rows one of the rotating pass's blocks, so XLA rotates the packed q and k.
+    """
     samples, length, width, static = 3, 70, 128, dict(max_length=70, left=69, right=69, scale=0.1)
     rng = np.random.default_rng(0)
     operands = [jnp.asarray(rng.normal(size=(samples * length, 1, width)), jnp.bfloat16) for _ in range(3)]
     starts = jnp.asarray(rng.permutation(samples) * length, jnp.int32)
-    spans = (starts, jnp.full(samples, length, jnp.int32), None)
-    got = window_mosaic.mosaic_gpu(*operands, *spans, **static, sms=2, interpret=interpreter.RACES)
+    angles = jnp.asarray(rng.uniform(-9, 9, (samples * length, width // 2)), jnp.float32)
+    spans = (starts, jnp.full(samples, length, jnp.int32), angles)
+    assert samples * length % rotary.pass_rows(width)
+    run = functools.partial(window_mosaic.mosaic_gpu_packed, sms=2, interpret=interpreter.RACES)
+    got = run(jnp.concatenate(operands, 1), *spans, **static)
     wide = [x.astype(jnp.float32) for x in operands]
-    check(["out"], [got], [window_reference.sliding_window_attention(*wide, *spans, **static)], 4e-3)
+    check(["out"], [got], [window_reference.sliding_window_attention(*wide, *spans, **static)], 6e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("inside", [True, False])
-def test_rotary_angles_interpreted(inside):
-    """Rotated in the kernels or before them; the gradients are turned back in the kernels either way."""
-    width = 64
+@pytest.mark.parametrize("width", [64, 128])
+def test_pass_that_rotates_some_heads(width):
     rng = np.random.default_rng(0)
-    (q, k, v, dout), used, spans = packed(rng, [70], (1, 1, 1, 1), width, jnp.bfloat16)
-    angles = np.where(used[:, None], rng.uniform(-1000, 1000, (len(used), width // 2)), np.nan).astype(np.float32)
-    static = dict(max_length=70, left=9, right=69, scale=width**-0.5)
-    run = functools.partial(window_mosaic.mosaic_gpu, turn_inside=inside, sms=1, interpret=interpreter.RACES)
-    got = value_and_gradients(lambda *x: run(*x, *spans, jnp.asarray(angles), **static), q, k, v, dout=dout)
-    wide = [jnp.where(used[:, None, None], x, 0).astype(jnp.float32) for x in (q, k, v, dout)]
-    clean = jnp.asarray(np.where(used[:, None], angles, 0))
-    wanted = value_and_gradients(
-        lambda *x: window_reference.sliding_window_attention(*x, *spans, clean, **static), *wide[:3], dout=wide[3]
-    )
-    check(("out", "q", "k", "v"), got, wanted, 6e-3)
-    for name, x in zip(("out", "q", "k", "v"), got, strict=True):
-        assert not np.asarray(x, np.float32)[~used].any(), name
+    rows, heads = 2 * rotary.pass_rows(width), 2
+    x = jnp.asarray(rng.normal(size=(rows, 3, width)), jnp.bfloat16)
+    angles = jnp.asarray(rng.uniform(-1000, 1000, (rows, width // 2)), jnp.float32)
+    got = rotary.rotate_pass(x, angles, heads=heads, interpret=interpreter.RACES)
+    wanted = window_xla.rotated(jnp.zeros(1, jnp.int32), jnp.full(1, rows, jnp.int32), angles, x[:, :heads])[0]
+    np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (got[:, :heads], wanted)), atol=1e-4, rtol=8e-3)
+    np.testing.assert_array_equal(got[:, heads:], x[:, heads:])
 
 
 def test_turns_are_exact_far_from_zero():
@@ -415,15 +431,21 @@ def test_turns_are_exact_far_from_zero():
         np.testing.assert_allclose(got, wanted(angle.astype(np.float64)), atol=1e-6)
 
 
-@pytest.mark.parametrize(("seeds", "lengths", "width"), [(130, [66, 0], 64), (30, [5], 128)])
-def test_seed_kernels_interpreted(seeds, lengths, width):
+@pytest.mark.parametrize(("seeds", "lengths", "width", "packed"), [(130, [66, 0], 64, True), (30, [5], 128, False)])
+def test_seed_kernels_interpreted(seeds, lengths, width, packed):
     rng = np.random.default_rng(0)
-    (k, v), used, spans = packed(rng, lengths, (1, 1), width, jnp.bfloat16)
+    (k, v), used, spans = jagged(rng, lengths, (1, 1), width, jnp.bfloat16)
     q = jnp.asarray(rng.normal(size=(seeds, 2, width)), jnp.bfloat16)
     dout = jnp.asarray(rng.normal(size=(len(lengths), seeds, 2, width)), jnp.bfloat16)
     static = dict(max_length=max(lengths), scale=width**-0.5)
-    run = functools.partial(seed_mosaic.mosaic_gpu, sms=3, interpret=interpreter.RACES)
-    got = value_and_gradients(lambda *x: run(*x, *spans, **static), q, k, v, dout=dout)
+
+    def run(q, *kv):
+        kernels = dict(sms=3, interpret=interpreter.RACES)
+        if packed:
+            return seed_mosaic.mosaic_gpu_packed(q, jnp.concatenate(kv, 1), *spans, **static, **kernels)
+        return seed_mosaic.mosaic_gpu(q, *kv, *spans, **static, **kernels)
+
+    got = value_and_gradients(run, q, k, v, dout=dout)
     wide = [q.astype(jnp.float32), *(jnp.where(used[:, None, None], x, 0).astype(jnp.float32) for x in (k, v))]
     wanted = value_and_gradients(
         lambda *x: seed_reference.seed_attention(*x, *spans, **static), *wide, dout=dout.astype(jnp.float32)

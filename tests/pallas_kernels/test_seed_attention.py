@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import seed_attention
+from pallas_kernels import packed_seed_attention, seed_attention
 from pallas_kernels.seed_attention import reference, xla
 
 N, B, T, S, D = 90, 6, 31, 5, 8  # tokens, samples, longest sample, seeds, head width
@@ -309,3 +309,37 @@ def test_bad_input(changes, message):
 def test_bad_blocking(numbers):
     with pytest.raises(ValueError, match=f"samples and rows must be positive, got {numbers[0]} and {numbers[1]}"):
         xla.Blocking(*numbers)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_packed_keys_and_values_give_the_same_and_one_gradient(implementation):
+    rng = np.random.default_rng(3)
+    starts, lengths = draw_spans(rng)
+    x = draw_operands(rng)
+    want = value_and_gradients(implementation)(x, starts, lengths)
+
+    @jax.jit
+    def run(seeds, kv, dout):
+        static = dict(starts=starts, lengths=lengths, max_length=T, implementation=implementation)
+        out, pull = jax.vjp(lambda *x: packed_seed_attention(*x, **static), seeds, kv)
+        return out, *pull(dout)
+
+    out, dseeds, gradient = run(x["seeds"], np.concatenate([x["k"], x["v"]], 1), x["dout"])
+    np.testing.assert_allclose(out, want["out"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(dseeds, want["dseeds"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(gradient, np.concatenate([want["dk"], want["dv"]], 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((9, 3, 8), "kv has 3 heads of width 8; it holds 2 parts"),
+        ((9, 6, 8), "seeds has 4 heads, which is not a positive multiple of the 3 heads"),
+    ],
+)
+def test_packed_operands_that_do_not_fit_are_refused(shape, message):
+    span = np.array([0], np.int32), np.array([9], np.int32)
+    with pytest.raises(ValueError, match=message):
+        packed_seed_attention(
+            np.zeros((S, 4, 8), np.float32), np.zeros(shape, np.float32), starts=span[0], lengths=span[1]
+        )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import hopper, seed_attention
+from pallas_kernels import hopper, packed_seed_attention, seed_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,9 +38,11 @@ def batch(seed, *, samples, longest, seeds, heads, kv_heads, width, dtype):
 def compiled(implementation, longest):
     @jax.jit
     def run(q, k, v, do, starts, lengths):
-        def attend(*x):
-            static = dict(max_length=longest, implementation=implementation)
-            return seed_attention(*x, starts=starts, lengths=lengths, **static)
+        def attend(q, k, v):
+            static = dict(starts=starts, lengths=lengths, max_length=longest)
+            if implementation == "packed":
+                return packed_seed_attention(q, jnp.concatenate([k, v], 1), implementation="mosaic_gpu", **static)
+            return seed_attention(q, k, v, implementation=implementation, **static)
 
         out, pull = jax.vjp(attend, q, k, v)
         return out, *pull(do)
@@ -66,11 +68,12 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "packed"])
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients(name):
+def test_values_and_gradients(name, implementation):
     shape = dict(samples=60, longest=700) | CASES[name]
     operands, (starts, lengths), inside = batch(0, **shape)
-    kernel, xla = (compiled(i, shape["longest"]) for i in ("mosaic_gpu", "xla"))
+    kernel, xla = (compiled(i, shape["longest"]) for i in (implementation, "xla"))
     got, again = (kernel(*operands, starts, lengths) for _ in range(2))
     with jax.default_matmul_precision("highest"):
         wanted = xla(*(x.astype(jnp.float32) for x in operands), starts, lengths)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import sliding_window_attention
+from pallas_kernels import packed_sliding_window_attention, sliding_window_attention
 from pallas_kernels.sliding_window import reference, xla
 
 N, B, T, D = 80, 5, 31, 8  # tokens, samples, longest sample, head width
@@ -137,6 +137,36 @@ def test_both_implementations_equal_a_naive_loop(window):
     for implementation in ("xla", "reference"):
         got = value_and_gradients(implementation, window)(x, starts, lengths)["out"]
         assert worst(got, want, starts, lengths) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_packed_operands_give_the_same_and_one_gradient(implementation):
+    rng = np.random.default_rng(3)
+    starts, lengths = draw_spans(rng, N, B, T)
+    x = draw_operands(rng, heads=2, kv_heads=2)
+    want = value_and_gradients(implementation, (3, 5))(x, starts, lengths)
+    static = dict(max_length=T, window=(3, 5), implementation=implementation)
+
+    @jax.jit
+    def run(qkv, dout):
+        spans = dict(starts=starts, lengths=lengths, angles=x["angles"])
+        out, pull = jax.vjp(lambda qkv: packed_sliding_window_attention(qkv, **spans, **static), qkv)
+        return out, *pull(dout)
+
+    out, gradient = run(np.concatenate([x[name] for name in "qkv"], 1), x["dout"])
+    np.testing.assert_allclose(out, want["out"], rtol=1e-5, atol=1e-6)
+    wanted = np.concatenate([want[f"d{name}"] for name in "qkv"], 1)
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((9, 4, 8), "qkv has 4 heads of width 8; it holds 3 parts"), ((9, 8), r"qkv must have the axes \[N, heads, D\]")],
+)
+def test_packed_operands_that_cannot_be_cut_are_refused(shape, message):
+    span = np.array([0], np.int32), np.array([9], np.int32)
+    with pytest.raises(ValueError, match=message):
+        packed_sliding_window_attention(np.zeros(shape, np.float32), starts=span[0], lengths=span[1], window=(1, 1))
 
 
 def test_float64_operands_are_computed_in_float64():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import hopper, sliding_window_attention
+from pallas_kernels import hopper, packed_sliding_window_attention, sliding_window_attention
 from pallas_kernels.sliding_window import mosaic
 
 pytestmark = [
@@ -24,6 +24,7 @@ def batch(seed, *, samples, longest, heads, kv_heads, width, dtype):
     lengths[:5] = (0, 1, longest, 64, 191)
     starts = np.cumsum(lengths + rng.integers(0, 4, samples)) - lengths
     rows, shuffle = int(starts[-1] + lengths[-1]) + 200, rng.permutation(samples)
+    rows += -rows % 64  # as models have them
     inside = np.zeros(rows, bool)
     for start, length in zip(starts, lengths, strict=True):
         inside[start : start + length] = True
@@ -46,8 +47,12 @@ def compiled(implementation, longest, window, turned):
                 left, right = window
                 static = dict(max_length=longest, left=left, right=right, scale=q.shape[2] ** -0.5, turn_inside=True)
                 return mosaic.mosaic_gpu(*x, starts, lengths, angles, **static)
-            static = dict(max_length=longest, window=window, implementation=implementation)
             turns = dict(angles=angles) if turned else {}
+            static = dict(max_length=longest, window=window)
+            if implementation == "packed":
+                static |= dict(starts=starts, lengths=lengths, implementation="mosaic_gpu")
+                return packed_sliding_window_attention(jnp.concatenate(x, 1), **turns, **static)
+            static |= dict(implementation=implementation)
             return sliding_window_attention(*x, starts=starts, lengths=lengths, **turns, **static)
 
         out, pull = jax.vjp(attend, q, k, v)
@@ -105,10 +110,11 @@ def test_values_and_gradients(name):
     check((window, dict(samples=60, longest=700) | shape))
 
 
-@pytest.mark.parametrize("implementation", ["mosaic_gpu", "turned inside"])
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "turned inside", "packed"])
 @pytest.mark.parametrize("width", [64, 128])
 def test_rotary_angles(width, implementation):
-    shape = dict(samples=60, longest=700, heads=4, kv_heads=2, width=width, dtype="bfloat16")
+    kv_heads = 4 if implementation == "packed" else 2
+    shape = dict(samples=60, longest=700, heads=4, kv_heads=kv_heads, width=width, dtype="bfloat16")
     check(((100, 30), shape), turned=True, implementation=implementation)
 
 
