@@ -57,7 +57,7 @@ def hold(*indices):
     return lax.optimization_barrier(indices)
 
 
-def blocks_seen(first, rows, others, before: int | None, after: int | None, origin=0):
+def blocks_seen(first, rows, others, before: int | None, after: int | None, origin: Any = 0):
     """[begin, end) of the blocks of `others` rows that rows first … first + rows - 1 meet, counted from row `origin`.
 
     A row i meets i - before … i + after; None: no bound there. No row before `origin` may be met.
