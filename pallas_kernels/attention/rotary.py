@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention.tables import BLOCK
+from pallas_kernels.jagged import vary_together, varying
 
 _SLICE = 16  # columns at a time: what an angle becomes does not outlive them
 _TURN = 2 * math.pi
@@ -39,7 +40,10 @@ def pass_rows(width: int) -> int:
 
 
 def rotate_pass(x: Float[Array, "N H D"], angles: Float[Array, "N half"], *, heads: int, interpret=None):
-    """x with its first `heads` heads rotated in place, N a multiple of `pass_rows`.
+    """(array whose first `heads` heads are those of x rotated, array with the others); N a multiple of `pass_rows`.
+
+    Both are x itself, rotated in place; where x differs between the devices of a `shard_map`, to which JAX makes no
+    references, the rotated heads are an array of their own.
 
     Sine and cosine are computed once for all heads; XLA computes them for every element. Rows whose angle is NaN become
     NaN.
@@ -50,27 +54,34 @@ def rotate_pass(x: Float[Array, "N H D"], angles: Float[Array, "N half"], *, hea
     tiling = plgpu.Tiling(((tile, half), (tile // 4, half), (8,)))
     layout = plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
-    def kernel(angles, x):
+    def kernel(angles, *arrays):
+        source, target = arrays[0], arrays[-1]
         rows = pl.ds(lax.axis_index("tile") * tile, tile)
         cos, sin = _turns(plgpu.load(angles.at[rows], layout=layout, optimized=False))
-        halves = [[x.at[rows, head, pl.ds(column, half)] for column in (0, half)] for head in range(heads)]
-        loaded = [[plgpu.load(y, layout=layout, optimized=False) for y in pair] for pair in halves]
-        for pair, values in zip(halves, loaded, strict=True):
+        places = [[(rows, head, pl.ds(column, half)) for column in (0, half)] for head in range(heads)]
+        loaded = [[plgpu.load(source.at[at], layout=layout, optimized=False) for at in pair] for pair in places]
+        for (first, second), values in zip(places, loaded, strict=True):
             a, b = (y.astype(jnp.float32) for y in values)
-            pair[0][...] = (a * cos - b * sin).astype(x.dtype)
-            pair[1][...] = (a * sin + b * cos).astype(x.dtype)
+            target[first] = (a * cos - b * sin).astype(x.dtype)
+            target[second] = (a * sin + b * cos).astype(x.dtype)
 
-    target = jax.new_ref(x)
-    plgpu.kernel(
+    in_place = not varying(x)
+    run = plgpu.kernel(
         kernel,
-        out_type=[],
+        out_type=[] if in_place else [jax.ShapeDtypeStruct((N, heads, D), x.dtype)],
         grid=(N // tile,),
         grid_names=("tile",),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         kernel_name="rotate_pass",
         interpret=interpret,
-    )(angles, target)
-    return jax.freeze(target)
+    )
+    if in_place:
+        target = jax.new_ref(x)
+        run(angles, target)
+        whole = jax.freeze(target)
+        return whole, whole
+    (rotated,) = run(angles, x)
+    return vary_together(rotated, x)
 
 
 def with_end(angles: Float[Array, "N half"]) -> Angles:

@@ -321,7 +321,8 @@ class RangeWalk:
 
     def first(self) -> RangePosition:
         team, last = lax.div(self.sm, jnp.int32(self.team)), self.teams - 1
-        sample, number, begin = (self.tables.first[c, team] for c in range(3))
+        # Inside shard_map what is read differs between devices and what is computed doesn't say so: all is computed.
+        sample, number, begin = (jnp.maximum(self.tables.first[c, team], 0) for c in range(3))
         following = self.tables.first[2, jnp.minimum(team + 1, last)]
         everything = self.tables.before[self.tables.before.shape[0] - 1] * self.heads
         blocks = jnp.maximum(self._blocks(sample), 1)

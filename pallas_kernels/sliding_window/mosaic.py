@@ -127,7 +127,8 @@ def _forward(static: Static, arrays, starts, lengths, angles=None):
         if len(arrays) == 3:
             q, k = xla.rotated(starts, lengths, angles, q, k)
         elif q.shape[0] % pass_rows(q.shape[2]) == 0:
-            q = k = v = rotate_pass(q, angles, heads=rotated_heads, interpret=static.interpret)
+            q, v = rotate_pass(q, angles, heads=rotated_heads, interpret=static.interpret)
+            k = q
         else:
             (q,) = (k,) = xla.rotated(starts, lengths, angles, q[:, :rotated_heads])
     angles = None if angles is None else with_end(angles)
