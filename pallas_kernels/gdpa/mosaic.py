@@ -114,6 +114,7 @@ def backward(static: Static, operands, do):
 def backward_behind_norm(static: Static, q, k, v, *spans, do, factor, residual):
     """Gradients of x, k and v where q is the LayerNorm of x; see `BehindNorm`. Needs `finishes_norm`."""
     known = {name: x for name, x in static._asdict().items() if name != "shared_keys"}
+    q, k, v, *spans, do, factor, residual = vary_together(q, k, v, *spans, do, factor, residual)
     behind_norm = BehindNorm(factor, residual)
     q_starts, q_lengths, kv_starts, kv_lengths = spans
     grads = mosaic_backward.gdpa_backward_behind_norm(
