@@ -3,8 +3,8 @@
 The norms span all heads of a row. The forward pass is one kernel where an SM can hold all heads of a tile of queries
 (`mosaic_block`); the GDPA kernels see one head at a time. Elsewhere the norms are one pass over the rows on each side
 of GDPA, which reads and writes every tensor once: rows are flat, and the gradients are in closed form, where automatic
-ones pass over the rows several times. In the backward pass, the second of these is part of GDPA's dq kernel with up to
-8 heads (`mosaic_backward.finishes_norm`). What `pallas_kernels.rows`' kernel doesn't take is XLA's, which only
+ones pass over the rows several times. In the backward pass, the second of these is part of GDPA's dq kernel with 2, 4
+and 8 heads (`mosaic_backward.finishes_norm`). What `pallas_kernels.rows`' kernel doesn't take is XLA's, which only
 keeps a row in registers over its last axis.
 """
 
@@ -145,15 +145,15 @@ def _fused_backward(static, eps, residuals, d_out):
     def pull(d):
         return mosaic_module.backward(static, (normed, k, v, *spans), d)[:3]
 
-    pull_through = _pull_through(static, q)
+    pull_through = _pull_through(static, q, k, spans)
     pull_through = pull_through and functools.partial(pull_through, normed, k, v, *spans)
     grads = _pull_back(_flat(q), attended, d_out, _inside(spans, q), pull, eps, pull_through)
     return *grads, *(None,) * 4
 
 
-def _pull_through(static, q):
+def _pull_through(static, q, k, spans):
     """`mosaic.backward_behind_norm` of this call, if it is taken."""
-    taken = mosaic_module.finishes_norm(static, q.shape[1])
+    taken = mosaic_module.finishes_norm(static, q, k, spans[0])
     return functools.partial(mosaic_module.backward_behind_norm, static) if taken else None
 
 
@@ -186,7 +186,7 @@ def mosaic_gpu(q, k, v, *spans, eps: float, shared_keys=False, sms: int | None =
     known = mosaic_module.Static(**static, shared_keys=shared_keys, sms=sms, interpret=interpret)
     if block_tiles(heads=q.shape[1], width=q.shape[2]) is None:
         gdpa = functools.partial(mosaic_module.mosaic_gpu, **known._asdict())
-        return in_two_passes(gdpa, q, k, v, *spans, eps=eps, pull_through=_pull_through(known, q))
+        return in_two_passes(gdpa, q, k, v, *spans, eps=eps, pull_through=_pull_through(known, q, k, spans))
     return fused(known, eps, *vary_together(q, k, v, *spans))
 
 

@@ -299,7 +299,7 @@ def gdpa_dq(
     """dq, or the gradient behind the norm. The schedule is that of the queries, cut into chunks of any length: items
     are query row, query rows, key row, key rows.
 
-    behind_norm: needs at most 8 heads.
+    behind_norm: needs 2, 4 or 8 heads.
     """
     heads, width = q.shape[1:]
     kv_block = BEHIND_NORM_KV_BLOCK[width] if behind_norm else KV_BLOCK

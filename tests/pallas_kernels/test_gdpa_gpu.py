@@ -78,10 +78,9 @@ CASES = {
     "short-keys-d128": dict(samples=60, lq=300, lkv=100, heads=4, kv_heads=4, width=128, dtype="bfloat16"),
     "resident-d64-float16": dict(samples=60, lq=700, lkv=300, heads=8, kv_heads=8, width=64, dtype="float16"),
     "few-keys-d64": dict(samples=60, lq=200, lkv=40, heads=4, kv_heads=1, width=64, dtype="bfloat16"),
-    "six-heads-d128": dict(samples=60, lq=300, lkv=200, heads=6, kv_heads=6, width=128, dtype="bfloat16"),
     "wide-d128-grouped": dict(samples=40, lq=300, lkv=500, heads=8, kv_heads=4, width=128, dtype="bfloat16"),
 }
-BLOCKS = ("resident-d128", "few-keys-d64", "six-heads-d128", "wide-d128-grouped", "resident-d64-float16")
+BLOCKS = ("resident-d128", "few-keys-d64", "wide-d128-grouped", "resident-d64-float16")
 
 
 @pytest.mark.parametrize(

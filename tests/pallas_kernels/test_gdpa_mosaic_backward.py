@@ -141,8 +141,6 @@ BEHIND_NORM = {
     # dtype, width, heads, kv heads, query lengths, key lengths, activation
     "resident-no-keys-grouped": ("float16", 64, 4, 2, (70, 0, 1), (130, 9, 0), ("relu", "silu", "identity", "relu2")),
     "streamed-wide": ("bfloat16", 128, 2, 2, (130, 5), (300, 7), ("relu", "relu")),
-    "three-heads": ("bfloat16", 64, 3, 1, (3, 70), (2, 20), ("relu",) * 3),
-    "one-head": ("bfloat16", 64, 1, 1, (70,), (20,), ("relu",)),
 }
 
 
@@ -238,7 +236,7 @@ def test_lowers_for_hopper(width, max_kv_length, kernels):
         assert kernel in text
 
 
-@pytest.mark.parametrize(("width", "heads"), [(64, 8), (128, 6)])
+@pytest.mark.parametrize(("width", "heads"), [(64, 8), (128, 4)])
 def test_lowers_behind_a_norm(width, heads):
     operands = shapes(width, "bfloat16", heads=heads, kv_heads=heads // 2)
     q = operands[0]
@@ -288,9 +286,13 @@ def test_route():
 
 
 def test_which_calls_finish_the_norm():
-    assert all(finishes_norm(heads=h, max_q_length=1000, max_kv_length=512) for h in range(1, 9))
-    assert not finishes_norm(heads=9, max_q_length=1000, max_kv_length=512)
-    assert not finishes_norm(heads=4, max_q_length=1000, max_kv_length=0)
+    many = dict(samples=1152, kv_heads=4, max_q_length=1000, sms=132)
+    assert finishes_norm(**many, heads=4, width=128, max_kv_length=256)
+    assert finishes_norm(**many, heads=8, width=64, max_kv_length=512)
+    assert not finishes_norm(**many, heads=8, width=64, max_kv_length=256)  # the fused kernel and a pass are as fast
+    assert not finishes_norm(**many, heads=16, width=128, max_kv_length=512)  # no cluster has 16 blocks everywhere
+    assert not finishes_norm(**many, heads=1, width=128, max_kv_length=512)
+    assert not finishes_norm(**many, heads=4, width=128, max_kv_length=0)
 
 
 def test_unsupported_says_why():
