@@ -91,6 +91,7 @@ class MaskNet(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rest inputs"]) -> Float[Array, "*rest outputs"]:
         first, last = self.mask.layers
+        assert last.bias is not None  # nnx.Linear can do without; `MLP` makes none of those
         mask = nnx.silu(first(x)) @ cast(self.dtype, last.kernel)[0]
         return self.compress(_masked(x, mask, *cast(self.dtype, last.bias)))
 
