@@ -5,7 +5,7 @@
     python experiments/train.py synthetic --epochs 5 --model.width 64
     python experiments/train.py movielens --epochs 4 --embedding-dropout 0.6 --optimizer.learning-rate 1e-3
     python experiments/train.py movielens --resume              # goes on after an interruption, bit for bit
-    python experiments/train.py gflops6 --device gpu            # 6 GFLOPs per sample on the GPU, about a minute
+    python experiments/train.py gflops6 --device gpu            # 6 GFLOPs per sample on the GPU; compiles for minutes
     python experiments/train.py synthetic --parallel.data 2     # two devices; launch/ has several processes and hosts
 
 --model NAME picks the model whose settings the other options then name. The result is written to runs/<preset>/, with

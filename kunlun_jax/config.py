@@ -94,7 +94,7 @@ class TrainConfig:
 
     @classmethod
     def gflops_6(cls, model: str = "kunlun") -> "TrainConfig":
-        """The preset of 6 GFLOPs per sample on its stream, whose best possible NE is known: one GPU, a minute.
+        """The preset of 6 GFLOPs per sample on its stream, whose best possible NE is known, for one GPU.
 
         Raises:
           ValueError: the model has no preset of that size.
