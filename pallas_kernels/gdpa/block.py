@@ -57,7 +57,7 @@ def in_two_passes(gdpa, q, k, v, *spans, eps: float, pull_through=None, **static
             attended, pull = jax.vjp(lambda x, k, v: gdpa(x, k, v, *spans, **static), normed, k, v)
 
         def finish(x, attended):
-            mixed = _mixed(x, attended, q.dtype, eps)
+            mixed, _ = _mixed(x, attended, q.dtype, eps)
             return mixed * along(_rms(mixed, eps), mixed) + x
 
         out = row_pass(finish, q, _flat(attended), name="gdpa_block_norm", inside=inside)
@@ -83,8 +83,7 @@ def _pull_back(q, attended, d_out, inside, pull, eps, pull_through=None):
     shape, attended, residual, d_out = d_out.shape, _flat(attended), d_out, _flat(d_out)
 
     def d_mixed(x, attended, d):
-        normed, factor = normalise(x, eps)
-        mixed = normed.astype(q.dtype).astype(jnp.float32) + attended
+        mixed, factor = _mixed(x, attended, q.dtype, eps)
         rms = _rms(mixed, eps)
         normed = mixed * along(rms, mixed)
         d = along(rms, mixed) * (d - normed * along(mean(d * normed), mixed))
@@ -171,8 +170,12 @@ def _inside(spans, q):
 
 
 def _mixed(x, attended, dtype, eps):
-    """What RMSNorm gets, from rows of q and of GDPA's result; LayerNorm's result is rounded to dtype."""
-    return normalise(x, eps)[0].astype(dtype).astype(jnp.float32) + attended
+    """What RMSNorm gets, from rows of q and of GDPA's result, and what LayerNorm multiplied the rows by.
+
+    LayerNorm's result is rounded to dtype.
+    """
+    normed, factor = normalise(x, eps)
+    return normed.astype(dtype).astype(jnp.float32) + attended, factor
 
 
 def _rms(x, eps):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from kunlun_jax.layers import norm
 from kunlun_jax.layers.mlp import beside_parts, in_parts, linear, mix_tokens
-from kunlun_jax.layers.norm import EPSILON, layer_norm, split_norm
+from kunlun_jax.layers.norm import EPSILON, layer_norm, norm_of_groups, split_norm
 from pallas_kernels.rows import row_kernel
 
 
@@ -39,6 +39,20 @@ def test_values_and_gradients_are_those_of_the_definition(shape):
 
     np.testing.assert_allclose(ours(x, scale, bias), plain(x, scale, bias), atol=1e-5)
     chex.assert_trees_all_close(gradients(ours), gradients(plain), atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 12), (3, 2, 5, 12)])
+def test_each_group_has_its_own_scale_and_bias(shape):
+    keys = jax.random.split(jax.random.key(2), 4)
+    x, weights = (jax.random.normal(key, shape) for key in keys[:2])
+    scale, bias = (jax.random.normal(key, (3, 12)) for key in keys[2:])
+
+    def gradients(function):
+        return jax.grad(lambda *operands: jnp.sum(weights * function(*operands)), argnums=(0, 1, 2))(x, scale, bias)
+
+    one_by_one = jax.vmap(plain)
+    np.testing.assert_allclose(norm_of_groups(x, scale, bias), one_by_one(x, scale, bias), atol=1e-5)
+    chex.assert_trees_all_close(gradients(norm_of_groups), gradients(one_by_one), atol=2e-5)
 
 
 @pytest.mark.parametrize("shape", [(7, 12), (2, 5, 12)])
