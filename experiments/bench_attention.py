@@ -86,20 +86,20 @@ def _operands(shape: Shape):
     return build
 
 
-class _Pullback:
+class Pullback:
     """The backward alone: its operands are the residuals that the forward leaves."""
 
     def __init__(self, call, operands):
         self.call, self.forward_operands, self.structure = call, operands, None
 
     def operands(self):
-        q, k, v, do, starts, lengths = self.forward_operands()
+        q, k, v, do, *spans = self.forward_operands()
 
         @jax.jit
-        def forward(q, k, v, starts, lengths):
-            return jax.vjp(lambda *x: self.call(*x, starts, lengths), q, k, v)[1]
+        def forward(q, k, v, *spans):
+            return jax.vjp(lambda *x: self.call(*x, *spans), q, k, v)[1]
 
-        leaves, self.structure = jax.tree.flatten(forward(q, k, v, starts, lengths))
+        leaves, self.structure = jax.tree.flatten(forward(q, k, v, *spans))
         return leaves, do
 
     def run(self, leaves, do):
@@ -121,7 +121,7 @@ def both_directions(shape: Shape, implementation: str, call) -> list[Case]:
         return call(q, k, v, starts, lengths)
 
     operands = _operands(shape)
-    pullback = _Pullback(call, operands)
+    pullback = Pullback(call, operands)
     bytes_moved = query + 2 * tokens + out, 2 * query + 4 * tokens + out
     return [
         Case(shape.name, implementation, "forward", forward, operands, 2 * products, bytes_moved[0]),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from bench_attention import WINDOW_SHAPES, seed_cases, window_cases
+from bench_attention import WINDOW_SHAPES, Pullback, seed_cases, window_cases
 from kernel_timing import Case, plot_roofline, time_all
 from torch_rivals import flex_rows, gdpa_rows
 
@@ -65,6 +65,7 @@ GDPA_SHAPES = (
     *FULL,
     *(dataclasses.replace(s, jagged=True) for s in FULL if s.lq == 1024 and (s.width == 128 or s.lkv == 256)),
 )
+BLOCK_SHAPES = (FULL[0], GdpaShape(416, 1000, 256, heads=6), GdpaShape(208, 1000, 512, heads=8))
 ON_XLA = FULL[:1]  # several times slower, and slow to compile: one shape for comparison
 
 
@@ -132,26 +133,30 @@ def gdpa(config: Bench) -> None:
 
 
 def gdpa_block(config: Bench) -> None:
-    """The PFFN block as it runs, forward in one kernel, its norms as one kernel each side, as automatic gradients leave
-    them, and without them: bench_gdpa_block.json."""
+    """The PFFN block as it runs, its norms and residuals as XLA's operations around GDPA, and GDPA alone:
+    bench_gdpa_block.json."""
     from pallas_kernels.gdpa import block, mosaic
 
-    shape = FULL[0]
-    static = dict(max_q_length=shape.lq, max_kv_length=shape.lkv, activation=("gelu_tanh",) * shape.heads)
-    static |= dict(scale=1.0, post_scale=1.0)
-    names = ("q_starts", "q_lengths", "kv_starts", "kv_lengths")
-
-    def call(f, q, k, v, spans):
-        return f(q, k, v, *(spans[n] for n in names), **static)
-
-    variants = {
-        "one kernel": functools.partial(block.mosaic_gpu, eps=1e-5),
-        "two passes": functools.partial(block.in_two_passes, mosaic.mosaic_gpu, eps=1e-5),
+    implementations = {
+        "mosaic_gpu": functools.partial(block.mosaic_gpu, eps=1e-5),
         "four operations": functools.partial(block.compose, mosaic.mosaic_gpu, eps=1e-5),
         "without norms": mosaic.mosaic_gpu,
     }
-    cases = [c for name, f in variants.items() for c in both_directions(shape, name, functools.partial(call, f))]
+
+    def call(f, shape, q, k, v, spans):
+        static = dict(max_q_length=shape.lq, max_kv_length=shape.lkv, activation=("gelu_tanh",) * shape.heads)
+        where = (spans[name] for name in ("q_starts", "q_lengths", "kv_starts", "kv_lengths"))
+        return f(q, k, v, *where, **static, scale=1.0, post_scale=1.0)
+
+    cases = []
+    for shape in BLOCK_SHAPES:
+        for name, f in implementations.items():
+            run = functools.partial(call, f, shape)
+            forward, backward = both_directions(shape, name, run)
+            alone = Pullback(run, backward.operands)  # its forward saves what jit could not drop from the backward
+            cases += [forward, dataclasses.replace(backward, function=alone.run, operands=alone.operands)]
     about = dict(dtype="bfloat16", activation="gelu_tanh", flops="of the products alone")
+    about |= dict(backward="from what the forward saves for it")
     time_all(cases, config.out / "bench_gdpa_block.json", only=config.only, rounds=config.rounds, about=about)
 
 

@@ -123,17 +123,10 @@ def backward_behind_norm(static: Static, q, k, v, *spans, do, factor, residual):
     return vary_together(*grads, q)[:3]
 
 
-def finishes_norm(static: Static, q, k, q_starts) -> bool:
+def finishes_norm(static: Static, heads: int) -> bool:
     """Does `backward_behind_norm` take a call?"""
-    return not static.shared_keys and mosaic_backward.finishes_norm(
-        samples=q_starts.shape[0],
-        heads=q.shape[1],
-        kv_heads=k.shape[1],
-        width=q.shape[2],
-        max_q_length=static.max_q_length,
-        max_kv_length=static.max_kv_length,
-        sms=static.sms,
-    )
+    lengths = dict(max_q_length=static.max_q_length, max_kv_length=static.max_kv_length)
+    return not static.shared_keys and mosaic_backward.finishes_norm(heads=heads, **lengths)
 
 
 _gdpa.defvjp(_gdpa_fwd, backward)

@@ -23,7 +23,7 @@ from pallas_kernels.schedule import make_schedule, row_fills
 ITEMS_PER_SM = 8  # below that, samples are cut for an even load
 FUSED_KEYS = 2 * KEYS  # every further pass would round dq once more
 FUSED_ITEMS_PER_SM = 4  # the fused kernel can't cut a sample's queries
-CLUSTERS = (2, 4, 8)  # heads whose blocks form a cluster, behind a norm
+CLUSTER = 8  # blocks that every Hopper GPU takes as a cluster: heads, behind a norm
 
 
 def unsupported(q, k, v, *args, **kwargs) -> str | None:
@@ -131,15 +131,10 @@ def gdpa_backward_behind_norm(
     return gdpa_dq(q, k, v, do, by_query, sms=sms, behind_norm=behind_norm, **static), dk, dv
 
 
-def finishes_norm(
-    *, samples: int, heads: int, kv_heads: int, width: int, max_q_length: int, max_kv_length: int, sms: int
-) -> bool:
-    """Does `gdpa_backward_behind_norm` take the call, and faster than `gdpa_backward` and a pass over the rows?
-
-    With heads 64 wide the fused kernel and that pass are as fast, by measurement.
-    """
-    fused = is_fused(samples=samples, kv_heads=kv_heads, max_kv_length=max_kv_length, sms=sms)
-    return heads in CLUSTERS and 0 not in (max_q_length, max_kv_length) and not (fused and width == 64)
+def finishes_norm(*, heads: int, max_q_length: int, max_kv_length: int) -> bool:
+    """Does `gdpa_backward_behind_norm` take the call? It is faster than `gdpa_backward` and a pass over the rows, or as
+    fast: with heads 64 wide and so few keys that the fused kernel would run."""
+    return heads <= CLUSTER and 0 not in (max_q_length, max_kv_length)
 
 
 def is_fused(*, samples: int, kv_heads: int, max_kv_length: int, sms: int) -> bool:

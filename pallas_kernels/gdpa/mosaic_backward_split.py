@@ -16,7 +16,6 @@ products. Deterministic: two runs give the same bits.
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from jax import lax
 
 from pallas_kernels import hopper
 from pallas_kernels.gdpa import mosaic_backward_common as common
+from pallas_kernels.gdpa.exchange import AXIS, ROWS, Exchange, exchange_barriers, exchange_memory
 from pallas_kernels.gdpa.mosaic_backward_common import COMPUTE, TILE
 from pallas_kernels.schedule import Schedule, dealt, dealt_item
 
@@ -299,7 +299,7 @@ def gdpa_dq(
     """dq, or the gradient behind the norm. The schedule is that of the queries, cut into chunks of any length: items
     are query row, query rows, key row, key rows.
 
-    behind_norm: needs 2, 4 or 8 heads.
+    behind_norm: needs at most 8 heads.
     """
     heads, width = q.shape[1:]
     kv_block = BEHIND_NORM_KV_BLOCK[width] if behind_norm else KV_BLOCK
@@ -307,7 +307,7 @@ def gdpa_dq(
         q.dtype,
         width // hopper.PANEL,
         kv_block=kv_block,
-        cluster=heads if behind_norm else None,
+        behind_norm=behind_norm is not None,
         interpret=interpret,
     )
     clusters = min(schedule.items.shape[0], CLUSTERS_PER_PLACE * max(sms // heads, 1))
@@ -324,18 +324,17 @@ def gdpa_dq(
     operands = (*schedule, q, k, v, do)
     if behind_norm is None:
         return run(name="gdpa_dq", out_type=common.like(q), operands=operands)
-    sums = jax.ShapeDtypeStruct((clusters, COMPUTE, 2, heads, 2, TILE), jnp.float32)
+    sums = exchange_memory(clusters=clusters, warpgroups=COMPUTE, blocks=heads, values=2, rows=TILE)
     factor = jnp.pad(behind_norm.factor, (0, TILE))  # a tile reads its rows beyond the sample too
     return run(
         name="gdpa_dq_behind_norm",
         out_type=[common.like(q), sums],
-        blocks_of={"head": heads},
+        blocks_of={AXIS: heads},
         operands=(*operands, factor, behind_norm.residual),
     )[0]
 
 
-def dq_scratch(dtype, panels: int, *, kv_block: int = KV_BLOCK, cluster: int | None = None, interpret) -> dict:
-    """cluster: of how many blocks, behind a norm."""
+def dq_scratch(dtype, panels: int, *, kv_block: int = KV_BLOCK, behind_norm: bool = False, interpret) -> dict:
     kv_slots, q_slots = (256 // kv_block, 1) if panels == 2 else (512 // kv_block, 2)
     buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
     held, stream = (COMPUTE, q_slots, panels, TILE, hopper.PANEL), (kv_slots, panels, kv_block, hopper.PANEL)
@@ -351,11 +350,11 @@ def dq_scratch(dtype, panels: int, *, kv_block: int = KV_BLOCK, cluster: int | N
         kv_empty=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=kv_slots),
         tail_zeroed=plgpu.Barrier(num_arrivals=COMPUTE),
     )
-    if cluster:
+    if behind_norm:
         scratch |= dict(
             residual_full=plgpu.Barrier(num_arrivals=panels, num_barriers=COMPUTE),
             out_empty=plgpu.Barrier(num_arrivals=1, num_barriers=COMPUTE),
-            sums_full=plgpu.ClusterBarrier(collective_axes=("head",), num_barriers=COMPUTE),
+            sums_full=exchange_barriers(COMPUTE),
         )
     return scratch
 
@@ -400,7 +399,7 @@ def _dq(
     _, slope_post = common.posts(activations)
     sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
     ranks = heads if behind_norm else 1  # blocks that share an item, each with one head
-    rank = lax.axis_index("head") if behind_norm else jnp.int32(0)
+    rank = lax.axis_index(AXIS) if behind_norm else jnp.int32(0)
     my_items = dealt(counts_gmem[0] * (heads // ranks), sms, sm)
     zero = jnp.int32(0)
 
@@ -530,35 +529,20 @@ def _dq(
                     results.append(result)
             return gradients, results, (jnp.sum(total, axis=1), jnp.sum(product, axis=1))
 
-        def send(sums, w, slot):
-            """This head's row sums to the blocks of the other heads."""
-            for i, x in enumerate(sums):
-                sums_gmem[sm, w, slot, rank, i] = x
-            hopper.fence_across_blocks(interpret)
-            plgpu.barrier_arrive(sums_full.at[w])
-
-        def receive(w, slot):
-            """Row means over all heads, added up in the order of the heads."""
-            plgpu.barrier_wait(sums_full.at[w])
-            hopper.fence_across_blocks(interpret)
-            every = [[row_values(sums_gmem.at[sm, w, slot, h, i]) for h in range(heads)] for i in range(2)]
-            return [sum(parts[1:], parts[0]) * (1 / (heads * width)) for parts in every]
-
-        def row_values(ref):
-            return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-
         def stage_behind_norm(dq, factor, w, at, slot, q_barrier):
             """Put the gradient in place of the residual's, which is added while the heads' sums are under way."""
             gradients, results, sums = of_norm(dq, w, at)
             plgpu.commit_smem()
             plgpu.barrier_arrive(q_empty.at[q_barrier])
-            send(sums, w, slot)
+            exchange = Exchange(sums_gmem, sums_full, sm, rank, w, interpret)
+            exchange.send(slot, *sums)
             plgpu.barrier_wait(residual_full.at[w])
             residual = [x for p in range(panels) for x in slices(tile(out_mma.at[w, p]))]
             added = [
                 d * along(factor, d) + hopper.widen(x, interpret) for d, x in zip(gradients, residual, strict=True)
             ]
-            of_one, of_result = (factor * x for x in receive(w, slot))
+            means = (functools.reduce(jnp.add, x) * (1 / (heads * width)) for x in exchange.receive(slot, len(sums)))
+            of_one, of_result = (factor * x for x in means)
             out = [
                 (x - along(of_one, x) - hopper.widen(result, interpret) * along(of_result, x)).astype(dtype)
                 for x, result in zip(added, results, strict=True)
@@ -594,7 +578,8 @@ def _dq(
 
                 def active():
                     if behind_norm:
-                        factor = row_values(factor_gmem.at[pl.ds(q_row + offset, TILE)])
+                        rows = factor_gmem.at[pl.ds(q_row + offset, TILE)]
+                        factor = plgpu.load(rows, layout=ROWS, optimized=False)
                     plgpu.barrier_wait(q_full.at[q_barrier])
 
                     def accumulate(dq_acc):

@@ -1,8 +1,9 @@
 """The PFFN block's forward pass for Hopper in one kernel: LayerNorm, GDPA, residual, RMSNorm, residual.
 
 The norms span all heads of a row, so a block of the grid holds all heads of its query tile: 128 rows, of which each of
-two compute warpgroups owns 64. A third warpgroup streams keys and values of head after head through a ring of slots;
-the tiles of a sample run on different SMs at about the same time, so that they come from L2.
+two compute warpgroups owns 64. Wider rows than fit take a cluster of two blocks, each with half of the heads: they
+exchange the sums of their parts of a row, for either norm. A third warpgroup streams keys and values of head after head
+through a ring of slots; the tiles of a sample run on different SMs at about the same time, so that they come from L2.
 
 A compute warpgroup's rows stay in one place. They arrive as queries; head by head LayerNorm's result is made of them in
 registers, and GDPA's result replaces them. When all heads are done the mean square of a row is known: the queries come
@@ -12,11 +13,12 @@ loads its rows of the next tile.
 Numerics: as `mosaic_forward`; norms in float32; rounded to q's dtype are the operand of the products, GDPA's result and
 the block's. Every row is written by one store, so two runs give the same bits.
 
-Limits: as `mosaic_forward`, and H·D up to 512.
+Limits: as `mosaic_forward`, and H·D up to 1024.
 """
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -26,29 +28,40 @@ from jax import lax
 
 from pallas_kernels import hopper
 from pallas_kernels.gdpa.activations import kernel_activation
+from pallas_kernels.gdpa.exchange import AXIS, ROWS, Exchange, exchange_barriers, exchange_memory
 from pallas_kernels.gdpa.tiles import WARPGROUP_ROWS
 from pallas_kernels.schedule import Deal, Schedule, ceil_div, make_schedule
 
 COMPUTE = 2  # compute warpgroups
 TILE_ROWS = COMPUTE * WARPGROUP_ROWS
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 232, 40
-ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a tile of scores
+CLUSTER = 2  # blocks; more of them leave SMs idle
 
 
 @dataclass(frozen=True)
 class BlockTiles:
-    """Tiles of the kernel: keys of one step, and slots of the ring, each for a block of keys and one of values."""
+    """Tiles of the kernel: heads of one block of the grid, keys of one step, and slots of the ring, each for a block of
+    keys and one of values."""
 
+    heads: int
     kv_block: int
     slots: int
 
+    def blocks(self, heads: int) -> int:
+        """Blocks that hold all heads of a tile; the last one may have fewer than the others."""
+        return -(-heads // self.heads)
+
 
 def block_tiles(*, heads: int, width: int) -> BlockTiles | None:
-    """The kernel's tiles for a call, or None where the rows of all heads don't fit in shared memory."""
+    """The kernel's tiles for a call, or None where a cluster's shared memory can't hold the rows of all heads."""
     kv_block = 64 * 128 // width
-    room = hopper.SHARED_MEMORY - 1024 - TILE_ROWS * heads * width * 2
-    slots = min(room // (2 * kv_block * width * 2), 4)
-    return BlockTiles(kv_block, slots) if slots >= 3 else None
+    for blocks in range(1, CLUSTER + 1):
+        own = -(-heads // blocks)
+        room = hopper.SHARED_MEMORY - 1024 - TILE_ROWS * own * width * 2
+        slots = min(room // (2 * kv_block * width * 2), 4)
+        if slots >= 3:
+            return BlockTiles(own, kv_block, slots)
+    return None
 
 
 def block_forward(
@@ -70,13 +83,14 @@ def block_forward(
     save: bool,
     interpret=None,
 ):
-    """out [N, H, D] of `gdpa_block`; with `save` also, for the backward pass, LayerNorm's result and GDPA's, both
+    """(out,) [N, H, D] of `gdpa_block`; with `save` also, for the backward pass, LayerNorm's result and GDPA's, both
     undefined outside the samples.
 
     tiles: of `block_tiles`. sms: blocks of the grid.
     """
-    panels = q.shape[2] // hopper.PANEL
-    scratch = block_scratch(q.dtype, q.shape[1], panels, tiles, interpret=interpret)
+    panels, blocks = q.shape[2] // hopper.PANEL, tiles.blocks(q.shape[1])
+    clusters = max(sms // blocks, 1)
+    scratch = block_scratch(q.dtype, panels, tiles, shared=blocks > 1, interpret=interpret)
     if (used := hopper.shared_bytes(scratch)) > hopper.SHARED_MEMORY:
         raise ValueError(f"{tiles} takes {used} bytes of shared memory, sm_90 has {hopper.SHARED_MEMORY}")
     schedule = make_schedule(
@@ -96,16 +110,22 @@ def block_forward(
         post_scale=post_scale,
         eps=eps,
         tiles=tiles,
-        sms=sms,
+        clusters=clusters,
         save=save,
         interpret=interpret,
     )
-    out = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    return plgpu.kernel(
+    results = 3 if save else 1
+    out_type = [jax.ShapeDtypeStruct(q.shape, q.dtype)] * results
+    if blocks > 1:
+        parts = dict(clusters=clusters, blocks=blocks, warpgroups=COMPUTE, rows=WARPGROUP_ROWS)
+        out_type.append(exchange_memory(**parts, values=2))
+    out = plgpu.kernel(
         body,
-        out_type=(out,) * 3 if save else out,
-        grid=(sms,),
-        grid_names=("sm",),
+        out_type=out_type,
+        grid=(clusters,),
+        grid_names=("cluster",),
+        cluster=(blocks,) if blocks > 1 else (),
+        cluster_names=(AXIS,) if blocks > 1 else (),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         scratch_types=scratch,
@@ -113,18 +133,20 @@ def block_forward(
         kernel_name="gdpa_block_forward",
         interpret=interpret,
     )(*schedule, q, k, v)
+    return tuple(out[:results])
 
 
-def block_scratch(dtype, heads: int, panels: int, tiles: BlockTiles, *, interpret) -> dict:
-    """Shared memory and barriers of the kernel."""
+def block_scratch(dtype, panels: int, tiles: BlockTiles, *, shared: bool, interpret) -> dict:
+    """Shared memory and barriers of the kernel. shared: blocks share rows."""
     buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
     return dict(
-        q_smem=buffer((COMPUTE, heads * panels, WARPGROUP_ROWS, hopper.PANEL)),
+        q_smem=buffer((COMPUTE, tiles.heads * panels, WARPGROUP_ROWS, hopper.PANEL)),
         kv_smem=buffer((tiles.slots, 2, panels, tiles.kv_block, hopper.PANEL)),
-        q_full=plgpu.Barrier(num_arrivals=panels, num_barriers=COMPUTE * heads),
+        q_full=plgpu.Barrier(num_arrivals=panels, num_barriers=COMPUTE * tiles.heads),
         full=plgpu.Barrier(num_arrivals=panels, num_barriers=2 * tiles.slots),
         empty=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=2 * tiles.slots),
         tail_full=plgpu.Barrier(num_arrivals=panels * hopper.tail_arrivals(tiles.kv_block)),
+        **(dict(sums_full=exchange_barriers(COMPUTE)) if shared else {}),
     )
 
 
@@ -136,31 +158,38 @@ def _kernel(
     full,
     empty,
     tail_full,
+    sums_full: Any = None,
     activation,
     scale,
     post_scale,
     eps,
     tiles,
-    sms,
+    clusters,
     save,
     interpret,
 ):
     schedule, refs = Schedule(*refs[: len(Schedule._fields)]), refs[len(Schedule._fields) :]
-    q_gmem, k_gmem, v_gmem, out_gmem, *saved = refs
-    rows, heads, width = q_gmem.shape
-    group = heads // k_gmem.shape[1]
+    q_gmem, k_gmem, v_gmem, out_gmem, *rest = refs
+    saved, sums_gmem = rest[: 2 * save], rest[2 * save] if len(rest) > 2 * save else None
+    rows, all_heads, width = q_gmem.shape
+    group = all_heads // k_gmem.shape[1]
     dtype, panels, block = q_gmem.dtype, width // hopper.PANEL, tiles.kv_block
     (q_tma, q_mma), (kv_tma, kv_mma) = (hopper.row_views(x, interpret=interpret) for x in (q_smem, kv_smem))
     names = tuple(dict.fromkeys(activation))
     acts = [kernel_activation(name, scale, post_scale, folded=dtype == jnp.bfloat16) for name in names]
-    sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
-    route = Deal(schedule, 1, sms, sm)  # an item is one tile of a sample, with all its heads
+    cluster, warpgroup = lax.axis_index("cluster"), lax.axis_index("warpgroup")
+    shared = tiles.blocks(all_heads) > 1  # the rows, by a cluster's blocks
+    rank = lax.axis_index(AXIS) if shared else 0
+    route = Deal(schedule, 1, clusters, cluster)  # an item is one tile of a sample, with all its heads
+    first = rank * tiles.heads  # the block has `heads` of them, from this one on
+    heads = tiles.heads if all_heads % tiles.heads == 0 else jnp.minimum(all_heads - first, tiles.heads)
+    exchange = Exchange(sums_gmem, sums_full, cluster, rank, warpgroup, interpret) if shared else None
 
     def by_head(head, functions, x):
         """Apply the function of the head's activation."""
         if len(names) == 1:
             return functions[0](x)
-        which = sum(jnp.where(head == h, names.index(name), 0) for h, name in enumerate(activation))
+        which = sum(jnp.where(first + head == h, names.index(name), 0) for h, name in enumerate(activation))
         return lax.switch(which, functions, x)
 
     def columns(head, p):
@@ -194,7 +223,7 @@ def _kernel(
                 )
 
         def load_kv(item, head, n, j):
-            head, row = lax.div(head, group), item.other_row + j * block
+            head, row = lax.div(first + head, group), item.other_row + j * block
             load(k_gmem, n, 0, head, row, block)
             count = item.other_rows - j * block
 
@@ -223,7 +252,7 @@ def _kernel(
 
             def load_again(head, n):
                 for w in range(COMPUTE):
-                    load(q_gmem, n, w, head, item.row + w * WARPGROUP_ROWS, WARPGROUP_ROWS)
+                    load(q_gmem, n, w, first + head, item.row + w * WARPGROUP_ROWS, WARPGROUP_ROWS)
                 return n + 1
 
             n = lax.fori_loop(0, heads, load_head, n)
@@ -247,8 +276,7 @@ def _kernel(
         @pl.when(any_work)
         def _():
             item = route.item(cursor)
-            for head in range(heads):
-                load_queries(item, head)
+            lax.fori_loop(0, heads, lambda head, _: load_queries(item, head), None)
             lax.while_loop(lambda state: state[1], one_item, (cursor, any_work, item, jnp.int32(0)))
 
         fill_zeros()
@@ -258,9 +286,9 @@ def _kernel(
         """Load one head of the warpgroup's rows."""
         for p in range(panels):
             plgpu.copy_gmem_to_smem(
-                q_gmem.at[(pl.ds(item.row + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS), *columns(head, p))],
+                q_gmem.at[(pl.ds(item.row + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS), *columns(first + head, p))],
                 q_tma.at[warpgroup, head * panels + p],
-                q_full.at[warpgroup * heads + head],
+                q_full.at[warpgroup * tiles.heads + head],
             )
 
     def mine(head, p):
@@ -277,7 +305,7 @@ def _kernel(
         count = jnp.clip(item.rows - offset, 0, WARPGROUP_ROWS)
         for p in range(panels):
             source = q_tma.at[warpgroup, head * panels + p]
-            hopper.store_rows(source, target, item.row + offset, count, columns(head, p))
+            hopper.store_rows(source, target, item.row + offset, count, columns(first + head, p))
         plgpu.commit_smem_to_gmem_group()
 
     def one_item(state):
@@ -288,13 +316,21 @@ def _kernel(
         squares = plgpu.layout_cast(jnp.zeros(WARPGROUP_ROWS, jnp.float32), ROWS)
         one = functools.partial(one_head, item, rstd, mean * rstd)
         squares, n = lax.fori_loop(0, heads, one, (squares, n))
-        rms = lax.rsqrt(squares * (1 / (heads * width)) + eps)
+        rms = lax.rsqrt(over_blocks(1, squares) * (1 / (all_heads * width)) + eps)
         n = finish(item, rstd, mean * rstd, rms, n, another, item_next)
         return cursor_next, another, item_next, n
 
+    def over_blocks(slot, x):
+        """The sum over the blocks that share the rows."""
+        if exchange is None:
+            return x
+        exchange.send(slot, x)
+        (parts,) = exchange.receive(slot, 1)
+        return functools.reduce(jnp.add, parts)
+
     def moments():
         """Mean and one over the deviation of the warpgroup's rows."""
-        plgpu.barrier_wait(q_full.at[warpgroup * heads])
+        plgpu.barrier_wait(q_full.at[warpgroup * tiles.heads])
         # Sums of what is left of a mean of few columns: rows may lie far from zero.
         near = jnp.sum(mine(0, 0), axis=1) * (1 / hopper.PANEL)
 
@@ -306,14 +342,28 @@ def _kernel(
             return total, squares
 
         def await_and_add(head, sums):
-            plgpu.barrier_wait(q_full.at[warpgroup * heads + head])
+            plgpu.barrier_wait(q_full.at[warpgroup * tiles.heads + head])
             return add(head, sums)
 
         zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, hopper.PANEL), jnp.float32), plgpu.Layout.WGMMA)
         total, squares = lax.fori_loop(1, heads, await_and_add, add(0, (zeros, zeros)))
-        mean = jnp.sum(total, axis=1) * (1 / (heads * width))
-        square = jnp.sum(squares, axis=1) * (1 / (heads * width))
-        return mean + near, lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + eps)
+        share = 1 / jnp.float32(heads * width)
+        mean = jnp.sum(total, axis=1) * share
+        variance = jnp.maximum(jnp.sum(squares, axis=1) * share - mean * mean, 0.0)
+        mean, variance = moments_over_blocks(mean + near, variance)
+        return mean, lax.rsqrt(variance + eps)
+
+    def moments_over_blocks(mean, variance):
+        """Mean and variance of whole rows from those of the block's heads."""
+        if exchange is None:
+            return mean, variance
+        exchange.send(0, mean, variance)
+        means, variances = exchange.receive(0, 2)
+        held = [min(all_heads - h, tiles.heads) / all_heads for h in range(0, all_heads, tiles.heads)]
+        mean = sum(x * share for x, share in zip(means, held, strict=True))
+        apart = ((x - mean) * (x - mean) for x in means)
+        variance = sum((x + y) * share for x, y, share in zip(variances, apart, held, strict=True))
+        return mean, variance
 
     def one_head(item, rstd, shift, head, state):
         """Put GDPA's result in place of the head's queries; add the squares of what RMSNorm gets."""
@@ -436,14 +486,14 @@ def _kernel(
 
     def fill_zeros():
         """Zero the rows of the output that belong to no item: gaps are dealt whole, the last one in pieces."""
-        worker, workers = sm * COMPUTE + warpgroup, sms * COMPUTE
+        worker, workers = cluster * COMPUTE + warpgroup, clusters * COMPUTE
         put(0, 0, plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, hopper.PANEL), dtype), plgpu.Layout.WGMMA))
         plgpu.commit_smem()
 
         def fill(row, count):
             def one_head(head, _):
                 for p in range(panels):
-                    hopper.store_rows(q_tma.at[warpgroup, 0], out_gmem, row, count, columns(head, p))
+                    hopper.store_rows(q_tma.at[warpgroup, 0], out_gmem, row, count, columns(first + head, p))
 
             lax.fori_loop(0, heads, one_head, None)
 

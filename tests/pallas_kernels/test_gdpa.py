@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import SlowerPathWarning, gdpa, gdpa_block
-from pallas_kernels.gdpa import api, block, reference, xla
+from pallas_kernels.gdpa import api, xla
 from pallas_kernels.gdpa.activations import ACTIVATIONS, kernel_activation
 
 NAMES = ("q", "k", "v")
@@ -228,46 +228,6 @@ def test_shared_keys_are_found_where_the_spans_are_known(monkeypatch):
         jax.jit(lambda spans: f(spans))(batch(0, shared_keys=shared)[1])
         jax.jit(lambda spans: f(spans, shared_keys=True))(batch(0, shared_keys=shared)[1])
     assert said == [False, False, True, True, False, True]
-
-
-def pulled_back(f, q, k, v, do):
-    out, pull = jax.vjp(f, q, k, v)
-    return out, *pull(do)
-
-
-@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 2e-5), ("bfloat16", 2e-2)])
-def test_block_in_two_passes_is_the_block(dtype, rtol):
-    """What stands around the kernels on a GPU, here around the XLA path: values, gradients, NaN outside the samples."""
-    operands, spans = batch(3, dtype=dtype)
-    static = dict(max_q_length=LONGEST, max_kv_length=KV_LONGEST, activation=MIXED, scale=0.5, post_scale=0.7, eps=1e-5)
-
-    @jax.jit
-    def run(operands, spans):
-        return [
-            pulled_back(lambda *x, f=f, gdpa=gdpa: f(gdpa, *x, *spans, **static), *operands)
-            for f, gdpa in ((block.in_two_passes, xla.xla), (block.compose, reference.reference))
-        ]
-
-    for name, a, b in zip(("out", *NAMES), *run(operands, tuple(spans.values())), strict=True):
-        a, b = (np.asarray(x, np.float32) for x in (a, b))
-        assert np.linalg.norm(a - b) <= rtol * np.linalg.norm(b), name
-        assert np.array_equal(a == 0, b == 0), name
-
-
-def test_block_in_two_passes_under_shard_map():
-    members = [(operands, tuple(spans.values())) for operands, spans in (batch(0), batch(1))]
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    operands, spans = jax.tree.map(lambda *x: jnp.concatenate(x), *members)
-    split = jax.P("data")
-    static = dict(max_q_length=LONGEST, max_kv_length=KV_LONGEST, activation=MIXED, scale=0.5, post_scale=0.7, eps=1e-5)
-
-    def f(q, k, v, do, spans):
-        return pulled_back(lambda *x: block.in_two_passes(xla.xla, *x, *spans, **static), q, k, v, do)
-
-    got = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=split, out_specs=split))(*operands, spans)
-    alone = [jax.jit(f)(*o, s) for o, s in members]
-    for name, x, *y in zip(("out", *NAMES), got, *alone, strict=True):
-        np.testing.assert_allclose(x, np.concatenate(y), rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_two_runs_give_the_same_bits():

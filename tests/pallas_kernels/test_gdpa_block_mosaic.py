@@ -12,6 +12,7 @@ from test_gdpa_mosaic import batch
 from pallas_kernels import hopper
 from pallas_kernels.gdpa import block, mosaic_backward_common
 from pallas_kernels.gdpa.mosaic_block import BlockTiles, block_forward, block_scratch, block_tiles
+from pallas_kernels.rows import row_kernel
 
 
 @pytest.fixture(autouse=True)
@@ -30,24 +31,26 @@ def worst(x, wanted, spans):
     return np.max(errors)  # not max, which loses a NaN
 
 
-# width, heads of q and k, dtype, what the queries are multiplied by and moved by, lengths, SMs
+# width, heads of q and k, dtype, what the queries are multiplied by and moved by, lengths; heads of a block, SMs
 CASES = {
-    "no-keys": (64, 2, 1, jnp.bfloat16, 1.0, 0.0, [131, 0, 5], [130, 50, 0], 2),
-    "far-from-zero": (128, 2, 2, jnp.bfloat16, 0.5, 5.0, [70], [66], 1),
-    "float16": (64, 2, 2, jnp.float16, 2.0, -1.0, [65], [5], 1),
+    "no-keys": (64, 2, 1, jnp.bfloat16, 1.0, 0.0, [131, 0, 5], [130, 50, 0], 2, 2),
+    "far-from-zero": (128, 2, 2, jnp.bfloat16, 0.5, 5.0, [70], [66], 2, 1),
+    "float16": (64, 2, 2, jnp.float16, 2.0, -1.0, [65], [5], 2, 1),
+    "two-unequal-blocks": (64, 3, 3, jnp.bfloat16, 0.5, 5.0, [70, 1, 0, 2], [66, 0, 5, 3], 2, 4),
 }
 
 
 def operands_of(width, heads, kv_heads, dtype, spread, mean, q_lengths, kv_lengths):
     (q, k, v, do), spans = batch(q_lengths, kv_lengths, heads=heads, kv_heads=kv_heads, width=width, dtype=dtype)
     q = q * jnp.asarray(spread, q.dtype) + jnp.asarray(mean, q.dtype)
-    static = dict(activation=("gelu_tanh", "relu2"), scale=0.3, post_scale=0.7, eps=1e-5)
+    static = dict(activation=("gelu_tanh", "relu2", "silu")[:heads], scale=0.3, post_scale=0.7, eps=1e-5)
     return (q, k, v, do), spans, static | dict(max_q_length=max(q_lengths), max_kv_length=max(kv_lengths))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_interpreted_kernel(name):
-    *case, sms = CASES[name]
+def test_interpreted_kernel(name, monkeypatch):
+    *case, of_block, sms = CASES[name]
+    monkeypatch.setattr(block, "block_tiles", lambda heads, width: BlockTiles(of_block, 8192 // width, slots=3))
     (*qkv, _), spans, static = operands_of(*case)
     out = block.mosaic_gpu(*qkv, *spans, **static, sms=sms, interpret=interpreter.RACES)
     wanted, narrow = (block.xla(*(x.astype(d) for x in qkv), *spans, **static) for d in (jnp.float32, qkv[0].dtype))
@@ -60,24 +63,23 @@ def test_interpreted_kernel(name):
 
 
 @pytest.mark.parametrize(
-    ("width", "heads", "slots"),
-    [(128, 1, 4), (128, 2, 4), (128, 4, 3), (128, 5, None), (64, 2, 4), (64, 8, 3), (64, 10, None)],
+    ("width", "heads", "of_block", "slots"),
+    [(128, 1, 1, 4), (128, 4, 4, 3), (128, 5, 3, 4), (128, 6, 3, 4), (128, 8, 4, 3), (64, 2, 2, 4), (64, 8, 8, 3)],
 )
-def test_tiles_fit_or_are_refused(width, heads, slots):
+def test_tiles_fit(width, heads, of_block, slots):
     tiles = block_tiles(heads=heads, width=width)
-    if slots is None:
-        assert tiles is None
-        return
-    assert tiles == BlockTiles(8192 // width, slots)
-    assert hopper.shared_bytes(block_scratch(jnp.bfloat16, heads, width // 64, tiles, interpret=None)) <= 227 * 1024
+    assert tiles == BlockTiles(of_block, 8192 // width, slots)
+    scratch = block_scratch(jnp.bfloat16, width // 64, tiles, shared=heads > of_block, interpret=None)
+    assert hopper.shared_bytes(scratch) <= hopper.SHARED_MEMORY
 
 
-@pytest.mark.parametrize("wide", [False, True])
-def test_gradients_of_the_interpreted_kernels(wide, monkeypatch):
-    """Behind the forward kernel, and behind two passes, where an SM can't hold the heads."""
+@pytest.mark.parametrize("of_block", [2, 1])
+def test_gradients_of_the_interpreted_kernels(of_block, monkeypatch):
+    """Behind the forward kernel with all heads in one block, and in two; the pass over the rows is XLA's and own."""
     monkeypatch.setattr(mosaic_backward_common, "SLICE", 128)  # as in its own test
-    if wide:
-        monkeypatch.setattr(block, "block_tiles", lambda **_: None)
+    monkeypatch.setattr(block, "block_tiles", lambda heads, width: BlockTiles(of_block, 8192 // width, slots=3))
+    if of_block == 1:
+        monkeypatch.setattr(block, "row_pass", functools.partial(row_kernel, interpret=interpreter.RACES))
     (*qkv, do), spans, static = operands_of(64, 2, 1, jnp.bfloat16, 2.0, 1.0, [40, 1], [33, 0])
 
     def run(f, dtype, **more):
@@ -104,22 +106,42 @@ def test_every_choice_is_lowered(width, heads, dtype, save):
     assert "mosaic_gpu" in interpreter.lower_for_hopper(f, q, k, k, *spans)
 
 
+def test_both_directions_are_lowered_under_shard_map(monkeypatch):
+    """Wide rows, so that a cluster shares them in the forward pass too, with unequal blocks."""
+    monkeypatch.setattr(hopper, "unsupported_device", lambda: None)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    q, k = (jax.ShapeDtypeStruct((n, 5, 128), jnp.bfloat16) for n in (512, 256))
+    spans = [jax.ShapeDtypeStruct((4,), jnp.int32)] * 4
+    static = dict(activation=("gelu_tanh",) * 5, scale=1.0, post_scale=1.0, max_q_length=128, max_kv_length=128)
+
+    def f(q, k, v, do, *spans):
+        return jax.vjp(lambda *x: block.mosaic_gpu(*x, *spans, **static, eps=1e-5, sms=132), q, k, v)[1](do)
+
+    f = jax.shard_map(f, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"))
+    text = interpreter.lower_for_hopper(f, q, k, k, q, *spans)
+    for kernel in ("gdpa_block_forward", "gdpa_block_norm_backward", "gdpa_dkv", "gdpa_dq_behind_norm"):
+        assert kernel in text
+
+
 def test_tiles_beyond_shared_memory_are_refused():
     x, spans = jnp.ones((128, 4, 128), jnp.bfloat16), [jnp.zeros(1, jnp.int32)] * 4
     static = dict(activation=("relu",) * 4, scale=1.0, post_scale=1.0, eps=1e-5, max_q_length=128, sms=1, save=False)
     with pytest.raises(ValueError, match=r"takes \d+ bytes of shared memory, sm_90 has 232448"):
-        block_forward(x, x, x, *spans, **static, tiles=BlockTiles(kv_block=64, slots=4))
+        block_forward(x, x, x, *spans, **static, tiles=BlockTiles(heads=4, kv_block=64, slots=4))
 
 
 # --- which calls take it
 
 
-@pytest.mark.parametrize(("heads", "taken"), [(4, True), (5, False)])
-def test_calls_that_the_kernel_can_hold_take_it(heads, taken, monkeypatch):
+@pytest.mark.parametrize(
+    ("heads", "changes", "taken"),
+    [(8, {}, True), (9, {}, False), (4, dict(shared_keys=True), False), (4, dict(max_kv_length=0), False)],
+)
+def test_calls_that_the_kernels_can_finish_take_them(heads, changes, taken, monkeypatch):
     q, k = (jnp.zeros((n, heads, 128), jnp.bfloat16) for n in (128, 1024))
     spans = [jnp.zeros(1, jnp.int32)] * 4
     monkeypatch.setattr(block, "fused", lambda *_: "fused")
-    monkeypatch.setattr(block, "in_two_passes", lambda *_, **__: "two passes")
+    monkeypatch.setattr(block, "compose", lambda *_, **__: "composed")
     static = dict(activation=("relu",) * heads, scale=1.0, post_scale=1.0, max_q_length=128, max_kv_length=1024)
-    got = block.mosaic_gpu(q, k, k, *spans, **static, eps=1e-5, sms=132)
-    assert got == ("fused" if taken else "two passes")
+    got = block.mosaic_gpu(q, k, k, *spans, **(static | changes), eps=1e-5, sms=132)
+    assert got == ("fused" if taken else "composed")

@@ -141,6 +141,8 @@ BEHIND_NORM = {
     # dtype, width, heads, kv heads, query lengths, key lengths, activation
     "resident-no-keys-grouped": ("float16", 64, 4, 2, (70, 0, 1), (130, 9, 0), ("relu", "silu", "identity", "relu2")),
     "streamed-wide": ("bfloat16", 128, 2, 2, (130, 5), (300, 7), ("relu", "relu")),
+    "three-heads": ("bfloat16", 64, 3, 1, (3, 70), (2, 20), ("relu",) * 3),
+    "one-head": ("bfloat16", 64, 1, 1, (70,), (20,), ("relu",)),
 }
 
 
@@ -236,11 +238,11 @@ def test_lowers_for_hopper(width, max_kv_length, kernels):
         assert kernel in text
 
 
-@pytest.mark.parametrize(("width", "heads"), [(64, 8), (128, 4)])
-def test_lowers_behind_a_norm(width, heads):
-    operands = shapes(width, "bfloat16", heads=heads, kv_heads=heads // 2)
+def test_lowers_behind_a_norm():
+    """Wide heads are lowered with the whole block."""
+    operands = shapes(64, "bfloat16", heads=8, kv_heads=4)
     q = operands[0]
-    static = dict(activation=("relu",) * heads, scale=0.1, post_scale=1.0, max_q_length=1000, max_kv_length=512)
+    static = dict(activation=("relu",) * 8, scale=0.1, post_scale=1.0, max_q_length=1000, max_kv_length=512)
 
     def f(*operands):
         *operands, factor, residual = operands
@@ -272,7 +274,7 @@ def test_shared_memory_fits(panels):
         split.dkv_scratch(jnp.bfloat16, panels, stages=2 if panels == 2 else 4, interpret=None),
         split.dq_scratch(jnp.bfloat16, panels, interpret=None),
         split.dq_scratch(
-            jnp.bfloat16, panels, kv_block=split.BEHIND_NORM_KV_BLOCK[64 * panels], cluster=8, interpret=None
+            jnp.bfloat16, panels, kv_block=split.BEHIND_NORM_KV_BLOCK[64 * panels], behind_norm=True, interpret=None
         ),
     ):
         assert hopper.shared_bytes(scratch) <= hopper.SHARED_MEMORY
@@ -286,13 +288,9 @@ def test_route():
 
 
 def test_which_calls_finish_the_norm():
-    many = dict(samples=1152, kv_heads=4, max_q_length=1000, sms=132)
-    assert finishes_norm(**many, heads=4, width=128, max_kv_length=256)
-    assert finishes_norm(**many, heads=8, width=64, max_kv_length=512)
-    assert not finishes_norm(**many, heads=8, width=64, max_kv_length=256)  # the fused kernel and a pass are as fast
-    assert not finishes_norm(**many, heads=16, width=128, max_kv_length=512)  # no cluster has 16 blocks everywhere
-    assert not finishes_norm(**many, heads=1, width=128, max_kv_length=512)
-    assert not finishes_norm(**many, heads=4, width=128, max_kv_length=0)
+    assert all(finishes_norm(heads=h, max_q_length=1000, max_kv_length=512) for h in range(1, 9))
+    assert not finishes_norm(heads=9, max_q_length=1000, max_kv_length=512)
+    assert not finishes_norm(heads=4, max_q_length=1000, max_kv_length=0)
 
 
 def test_unsupported_says_why():

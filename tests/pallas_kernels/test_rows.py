@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hopper, rows
-from pallas_kernels.gdpa import block, reference, xla
-from pallas_kernels.jagged import varying
 
 EPS = 1e-5
 
@@ -142,53 +140,3 @@ def test_several_shards_are_lowered(on_hopper):
         return rows.row_pass(back, x, x, x, name="rows", inside=inside)
 
     assert "mosaic_gpu" in interpreter.lower_for_hopper(jax.vmap(f), x, inside)
-
-
-# --- the PFFN block around them
-
-STATIC = dict(max_q_length=6, max_kv_length=3, activation=("relu2",) * 4, scale=0.5, post_scale=0.7, eps=EPS)
-
-
-def block_operands():
-    q, do, k, v = (
-        x.reshape(x.shape[0], 4, 32) for x in (*arrays(2, 16, 128, jnp.bfloat16), *arrays(2, 8, 128, jnp.bfloat16, 1))
-    )
-    spans = [jnp.array(x, jnp.int32) for x in ([1, 8], [6, 5], [0, 4], [3, 2])]
-    outside = np.r_[0, 7, 13:16]
-    return (q.at[outside].set(jnp.nan), k, v, do.at[outside].set(jnp.nan)), spans, outside
-
-
-def pulled_back(f, q, k, v, do):
-    out, pull = jax.vjp(f, q, k, v)
-    return out, *pull(do)
-
-
-def test_the_block_through_the_interpreted_kernel(monkeypatch):
-    operands, spans, outside = block_operands()
-
-    def run(f, gdpa):
-        return jax.jit(lambda *x: pulled_back(lambda *x: f(gdpa, *x, *spans, **STATIC), *x))(*operands)
-
-    wanted = run(block.compose, reference.reference)
-    monkeypatch.setattr(block, "row_pass", functools.partial(rows.row_kernel, interpret=interpreter.RACES))
-    got = run(block.in_two_passes, xla.xla)
-    for name, a, b in zip(("out", "q", "k", "v"), got, wanted, strict=True):
-        assert relative(a, b) <= 1e-2, name
-    for x in got[:2]:
-        assert not np.any(np.asarray(x, np.float32)[outside])
-
-
-@pytest.mark.parametrize("split", [True, False])
-def test_under_shard_map_results_vary_as_their_operands(split, on_hopper):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    (*qkv, do), spans, _ = block_operands()
-    q, k, v, do = (jnp.zeros((2 * len(x) if split else len(x), 4, 128), jnp.bfloat16) for x in (*qkv, do))
-
-    def f(q, k, v, do, spans):
-        grads = pulled_back(lambda *x: block.in_two_passes(xla.xla, *x, *spans, **STATIC), q, k, v, do)
-        assert all(varying(x) == varying(q) == ({"data"} if split else set()) for x in grads)
-        return grads
-
-    spec = jax.P("data") if split else jax.P()
-    mapped = jax.shard_map(f, mesh=mesh, in_specs=(*(spec,) * 4, jax.P()), out_specs=spec)
-    assert "gdpa_block_norm_backward" in str(jax.make_jaxpr(mapped)(q, k, v, do, spans))
