@@ -36,7 +36,7 @@ from kunlun_jax.mesh_learner import make_learner
 from kunlun_jax.models import build, name_of, named
 from kunlun_jax.plots import plot_run
 from kunlun_jax.processes import HOW_TO_GO_ON, ProcessConfig, Vote, end, failed_exchange, finish, first_on_one, start
-from kunlun_jax.run import Run, load_samples, stop_on_sigterm
+from kunlun_jax.run import Run, keep_programs, load_samples, stop_on_sigterm
 from kunlun_jax.training import NonFiniteLoss, fit
 
 PRESETS = {
@@ -197,6 +197,7 @@ def main() -> int:
                 f"--device gpu: there is none, JAX's default backend is {backend}; on a machine with an NVIDIA GPU let "
                 f"make set up .venv again, which installs the CUDA build of JAX, or leave --device out"
             )
+        keep_programs()
         code = train(options.config, options.out, resume=options.resume)
         finish()
         return code

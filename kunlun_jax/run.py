@@ -145,6 +145,15 @@ def versions() -> dict[str, str]:
     }
 
 
+def keep_programs() -> None:
+    """Keep what is compiled for a GPU in ~/.cache/kunlun_jax, where the next start finds it: large presets compile for
+    minutes. To be called before the first compilation; settings of the user stand.
+    """
+    if jax.default_backend() == "gpu" and jax.config.jax_compilation_cache_dir is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(caches / "kunlun_jax"))
+
+
 def usable_cores() -> list[int]:
     """The CPU cores that this process may run on."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))

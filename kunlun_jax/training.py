@@ -1,6 +1,7 @@
 """The training step, the prediction step, and the loop around them."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -125,6 +126,7 @@ class Learner:
         self.table_rate = schedule(config, config.table_learning_rate, steps)
         self.train_step = jax.jit(self._train_step, donate_argnums=0, compiler_options=COMPILER_OPTIONS)
         self.predict = jax.jit(self._predict, compiler_options=COMPILER_OPTIONS)
+        self._evaluated: set = set()  # shapes that `predict` has been compiled for
         self._diagnose = jax.jit(self._find_non_finite, compiler_options=COMPILER_OPTIONS)
         self._ravel, self._unravel = jax.jit(self.flat.ravel), jax.jit(self.flat.unravel)
 
@@ -289,6 +291,7 @@ class Learner:
         """Predict `batches` and compare with their labels."""
         evaluation = Evaluation(tasks=self.schema.tasks, base_rates=base_rates)
         for batch in batches:
+            announce_compilation(batch, self._evaluated, "evaluation")
             logits = self.predict(state.params, state.tables, self.place(batch))
             evaluation = add_predictions(evaluation, logits, batch, self.schema)
         return _of_all_processes(evaluation, Timings(0.0))[0]
@@ -364,7 +367,7 @@ def fit(
             batch, placed = next(batches, (None, None))
             timings.waited += time.perf_counter() - before
             if batch is not None:
-                announce_compilation(batch, shapes, step + 1)
+                announce_compilation(batch, shapes, f"step {step + 1}")
                 state, report = learner.train_step(state, placed)
             if pending is not None:
                 done_step, done_report, done_batch = pending
@@ -399,13 +402,13 @@ def rates(timings: Timings) -> dict[str, float]:
     return {"samples_per_second": timings.samples / elapsed, "data_wait": timings.waited / elapsed}
 
 
-def announce_compilation(batch: Batch, seen: set, step: int) -> None:
-    """Print once per batch shape that a program is compiled for it: the user should know what a pause is."""
+def announce_compilation(batch: Batch, seen: set, when: str) -> None:
+    """Say once per batch shape that a program is compiled for it: the user should know what a pause is."""
     shape = tuple((name, events.values["gap"].shape[1]) for name, events in batch.events.items())
     if shape not in seen:
         seen.add(shape)
         tokens = ", ".join(f"{name} {capacity}" for name, capacity in shape)
         print(
-            f"step {step}: compiling for batches of {batch.size} samples and event capacities {tokens or 'none'}",
-            flush=True,
+            f"{when}: compiling for batches of {batch.size} samples and event capacities {tokens or 'none'}",
+            file=sys.stderr,
         )

@@ -46,4 +46,13 @@ def test_kernels_and_compskip_are_used_to_the_full(size):
     assert not config.dead_layers()  # odd depths
     assert config.dtype == "bfloat16"
     assert all(e.head_width in (64, 128) for e in config.events.values())
-    assert config.events["viewed"].width == config.width // 2
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_views_get_half_a_stack(size):
+    """As in the paper's example: (256, 8 heads, 32 tokens, 3 layers, window 100) for clicks, (128, 4, 16, 2, 50) for
+    impressions, the second layer of which would have nothing to do under CompSkip."""
+    config = preset(KunlunConfig, size)
+    clicked, viewed = config.events["clicked"], config.events["viewed"]
+    assert (viewed.width, viewed.n_tokens, viewed.window) == (config.width // 2, clicked.n_tokens // 2, 50)
+    assert viewed.depth == {3: 1, 7: 3, 9: 5}[clicked.depth]

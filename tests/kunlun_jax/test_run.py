@@ -6,11 +6,12 @@ import os
 import signal
 from pathlib import Path
 
+import jax
 import pytest
 
 from kunlun_jax.config import EventConfig, KunlunConfig, TrainConfig, from_dict, to_dict
 from kunlun_jax.data.synthetic import SyntheticConfig
-from kunlun_jax.run import Run, load_config, load_samples, mean_and_spread, stop_on_sigterm
+from kunlun_jax.run import Run, keep_programs, load_config, load_samples, mean_and_spread, stop_on_sigterm
 from kunlun_jax.sharding import ParallelConfig
 
 CONFIGS = [
@@ -124,3 +125,18 @@ def test_the_first_signal_is_noted_and_the_handlers_come_back():
         os.kill(os.getpid(), signal.SIGTERM)
         assert received == [signal.SIGTERM]
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+@pytest.mark.parametrize(
+    ("backend", "own", "kept"), [("gpu", None, "kunlun_jax"), ("gpu", "own", "own"), ("cpu", None, None)]
+)
+def test_programs_are_kept_on_a_gpu_where_the_user_names_no_place(tmp_path, monkeypatch, backend, own, kept):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", own and str(tmp_path / own))
+        keep_programs()
+        assert jax.config.jax_compilation_cache_dir == (kept and str(tmp_path / kept))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
