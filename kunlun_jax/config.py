@@ -94,7 +94,8 @@ class TrainConfig:
 
     @classmethod
     def gflops_6(cls, model: str = "kunlun") -> "TrainConfig":
-        """The preset of 6 GFLOPs per sample on its stream, whose best possible NE is known, for one GPU.
+        """The preset of 6 GFLOPs per sample on its stream, whose best possible NE is known, for one GPU. One epoch:
+        in a second one it knows the samples by heart.
 
         Raises:
           ValueError: the model has no preset of that size.
@@ -105,9 +106,10 @@ class TrainConfig:
         return cls(
             model=config.gflops_6(),
             data="synthetic",
-            synthetic=SyntheticConfig.gflops_6(train=51_200, validation=4_096, test=4_096),
+            synthetic=SyntheticConfig.gflops_6(train=102_400, validation=4_096, test=4_096),
             optimizer=OptimizerConfig(learning_rate=1e-3, table_learning_rate=0.2, table_scale=0.5),
             batch_size=512,
+            epochs=1,
             capacity_fractions=(0.5625, 1.0),
             loader_threads=8,
             save_every=100,
