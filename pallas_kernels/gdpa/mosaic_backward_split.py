@@ -4,9 +4,8 @@ Both compute the scores again, so seven products stand for five useful ones, but
 no partial sum leaves a register: each gradient row is written once, in its final form. Only behind a norm, which spans
 all heads, the dq kernel's blocks of one item's heads form a cluster and exchange two sums per row.
 
-dq: two warpgroups hold 64 query rows each and pass over the keys. While the tensor cores compute dS K of one block, the
-scores of the next are behind it and their slopes beside it. Keys and values stay in shared memory while an item's query
-tiles pass where they fit, otherwise they stream past each pair of tiles.
+dq: two warpgroups hold 64 query rows each and pass over the keys. Keys and values stay in shared memory while an item's
+query tiles pass where they fit, otherwise they stream past each pair of tiles.
 dk, dv: two warpgroups hold 64 keys each and pass over the queries of all heads that read them, so the sum over a group
 of heads has a fixed order.
 
@@ -28,8 +27,8 @@ from pallas_kernels.gdpa.exchange import AXIS, ROWS, Exchange, exchange_barriers
 from pallas_kernels.gdpa.mosaic_backward_common import COMPUTE, TILE
 from pallas_kernels.schedule import Schedule, dealt, dealt_item
 
-KV_BLOCK = 128  # keys of one item of the dk, dv kernel
-DQ_KV_BLOCK = {64: 128, 128: 64}  # of one step of the dq kernel, by the head's width: what its registers hold
+KV_BLOCK = 128  # keys of one step of the dq kernel, and of one item of the dk, dv kernel
+BEHIND_NORM_KV_BLOCK = {64: 128, 128: 64}  # the faster one of both, by the head's width
 # More clusters than run at once: how many blocks of a cluster's size an H100 can hold differs from card to card, and a
 # second wave of long ones would double the time. Short ones are dealt by the hardware.
 CLUSTERS_PER_PLACE = 16
@@ -303,9 +302,11 @@ def gdpa_dq(
     behind_norm: needs at most 8 heads.
     """
     heads, width = q.shape[1:]
+    kv_block = BEHIND_NORM_KV_BLOCK[width] if behind_norm else KV_BLOCK
     scratch = dq_scratch(
         q.dtype,
         width // hopper.PANEL,
+        kv_block=kv_block,
         behind_norm=behind_norm is not None,
         interpret=interpret,
     )
@@ -315,6 +316,7 @@ def gdpa_dq(
         _dq,
         activations=common.kernel_activations(activation, scale, post_scale, q.dtype),
         names=activation,
+        kv_block=kv_block,
         sms=blocks,
         interpret=interpret,
     )
@@ -332,8 +334,7 @@ def gdpa_dq(
     )[0]
 
 
-def dq_scratch(dtype, panels: int, *, behind_norm: bool = False, interpret) -> dict:
-    kv_block = DQ_KV_BLOCK[panels * hopper.PANEL]
+def dq_scratch(dtype, panels: int, *, kv_block: int = KV_BLOCK, behind_norm: bool = False, interpret) -> dict:
     kv_slots, q_slots = (256 // kv_block, 1) if panels == 2 else (512 // kv_block, 2)
     buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
     held, stream = (COMPUTE, q_slots, panels, TILE, hopper.PANEL), (kv_slots, panels, kv_block, hopper.PANEL)
@@ -382,11 +383,11 @@ def _dq(
     sums_full: Any = None,
     activations,
     names,
+    kv_block,
     sms,
     interpret,
 ):
     heads, width = q_gmem.shape[1:]
-    kv_block = DQ_KV_BLOCK[width]
     group, panels, dtype = heads // k_gmem.shape[1], width // hopper.PANEL, q_gmem.dtype
     kv_slots, q_slots = kv_full.shape[0], q_full.shape[0] // COMPUTE
     (q_tma, q_mma), (do_tma, do_mma), (k_tma, k_mma), (v_tma, v_mma), (out_tma, out_mma) = (
@@ -560,11 +561,8 @@ def _dq(
                 q_barrier = warpgroup * q_slots + q_slot
                 first, last = (pair == 0) | ~resident, (pair == pairs - 1) | ~resident
 
-                def slot_of(j):
-                    return common.modulo(kv_count + j, kv_slots)
-
                 def await_block(j):
-                    slot = slot_of(j)
+                    slot = common.modulo(kv_count + j, kv_slots)
 
                     @pl.when(first)
                     def _():
@@ -584,52 +582,41 @@ def _dq(
                         factor = plgpu.load(rows, layout=ROWS, optimized=False)
                     plgpu.barrier_wait(q_full.at[q_barrier])
 
-                    def score_gradients(j, behind=lambda: None, running=0):
-                        """Float32 score gradients of a block; `behind` issues products after it, which still run."""
-                        slot, w, at = common.hold(await_block(j), warpgroup, q_slot)
-
-                        def both(s_acc, dp_acc):
-                            for p in range(panels):
-                                plgpu.wgmma(s_acc, q_mma.at[w, at, p], k_mma.at[slot, p].transpose((1, 0)))
-                            for p in range(panels):
-                                plgpu.wgmma(dp_acc, do_mma.at[w, at, p], v_mma.at[slot, p].transpose((1, 0)))
-                            behind()
-                            s = plgpu.wgmma_accumulator_load(s_acc, wait_n=panels + running)
-                            _, slopes = common.weights_and_slopes(activations, names, head, s, dtype)
-                            return slopes * plgpu.wgmma_accumulator_load(dp_acc, wait_n=running)
-
-                        square = plgpu.ACC((TILE, kv_block), jnp.float32)
-                        return pl.run_scoped(both, square, square)
-
                     def accumulate(dq_acc):
-                        def add(ds, slot):
+                        def step(j, _):
+                            slot, w, at = common.hold(await_block(j), warpgroup, q_slot)
+
+                            def score_gradients(s_acc, dp_acc):
+                                for p in range(panels):
+                                    plgpu.wgmma(s_acc, q_mma.at[w, at, p], k_mma.at[slot, p].transpose((1, 0)))
+                                for p in range(panels):
+                                    plgpu.wgmma(dp_acc, do_mma.at[w, at, p], v_mma.at[slot, p].transpose((1, 0)))
+                                s = plgpu.wgmma_accumulator_load(s_acc, wait_n=panels)  # dP is still running
+                                _, slopes = common.weights_and_slopes(activations, names, head, s, dtype)
+                                return slopes * plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
+
+                            square = plgpu.ACC((TILE, kv_block), jnp.float32)
+                            ds = pl.run_scoped(score_gradients, square, square).astype(dtype)
+
+                            if behind_norm:
+
+                                @pl.when((j == 0) & (q_count > 0))
+                                def _():
+                                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                                    plgpu.barrier_arrive(out_empty.at[warpgroup])
+                            else:
+
+                                @pl.when(j == blocks - 1)
+                                def _():
+                                    plgpu.barrier_arrive(q_empty.at[q_barrier])
+
                             for p in range(panels):
                                 plgpu.wgmma(common.acc_panel(dq_acc, p, panels), ds, k_mma.at[slot, p])
-
-                        def step(j, ds):
-                            """dQ += dS K of this block behind the products of the next."""
-                            slot = slot_of(j)
-                            ds_next = score_gradients(j + 1, lambda: add(ds, *common.hold(slot)), running=panels)
                             plgpu.wgmma_wait(0)
                             release_block(slot)
-                            return ds_next.astype(dtype)  # not before the wait: dS is the running product's operand
 
-                        ds = score_gradients(0).astype(dtype)
-                        if behind_norm:
-
-                            @pl.when(q_count > 0)
-                            def _():
-                                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                                plgpu.barrier_arrive(out_empty.at[warpgroup])
-
-                        ds = lax.fori_loop(0, blocks - 1, step, ds)
-                        if not behind_norm:
-                            plgpu.barrier_arrive(q_empty.at[q_barrier])
-                        last_slot = slot_of(blocks - 1)
-                        add(ds, *common.hold(last_slot))
-                        dq = dq_acc[...]
-                        release_block(last_slot)
-                        return dq
+                        lax.fori_loop(0, blocks, step, None)
+                        return dq_acc[...]
 
                     dq = pl.run_scoped(accumulate, plgpu.ACC((TILE, width), jnp.float32))
                     if behind_norm:

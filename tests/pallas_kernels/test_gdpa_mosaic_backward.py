@@ -273,7 +273,9 @@ def test_shared_memory_fits(panels):
         mosaic_backward_fused.fused_scratch(jnp.bfloat16, panels, interpret=None),
         split.dkv_scratch(jnp.bfloat16, panels, stages=2 if panels == 2 else 4, interpret=None),
         split.dq_scratch(jnp.bfloat16, panels, interpret=None),
-        split.dq_scratch(jnp.bfloat16, panels, behind_norm=True, interpret=None),
+        split.dq_scratch(
+            jnp.bfloat16, panels, kv_block=split.BEHIND_NORM_KV_BLOCK[64 * panels], behind_norm=True, interpret=None
+        ),
     ):
         assert hopper.shared_bytes(scratch) <= hopper.SHARED_MEMORY
 
