@@ -134,7 +134,7 @@ def gdpa(config: Bench) -> None:
 
 def gdpa_block(config: Bench) -> None:
     """The PFFN block as it runs, its norms and residuals as XLA's operations around GDPA, and GDPA alone:
-    bench_gdpa_block.json."""
+    bench_gdpa_block.json and .png."""
     from pallas_kernels.gdpa import block, mosaic
 
     implementations = {
@@ -157,7 +157,9 @@ def gdpa_block(config: Bench) -> None:
             cases += [forward, dataclasses.replace(backward, function=alone.run, operands=alone.operands)]
     about = dict(dtype="bfloat16", activation="gelu_tanh", flops="of the products alone")
     about |= dict(backward="from what the forward saves for it")
-    time_all(cases, config.out / "bench_gdpa_block.json", only=config.only, rounds=config.rounds, about=about)
+    path = config.out / "bench_gdpa_block.json"
+    rows = time_all(cases, path, only=config.only, rounds=config.rounds, about=about)
+    plot_roofline(rows, path.with_suffix(".png"), f"PFFN block on one {jax.devices()[0].device_kind}, bfloat16")
 
 
 def sliding_window(config: Bench) -> None:
