@@ -38,22 +38,21 @@ def attention_dkv(
     *,
     heads: common.Heads,
     target: Any = None,
-    rotates: bool = False,
     scale: float,
     sms: int,
     interpret=None,
 ):
-    """[dk, dv], or of one array that has k and v the gradient; angles and rotates as for `attention_dq`.
+    """[dk, dv], or of one array that has k and v the gradient; angles as for `attention_dq`.
 
     target: a reference to such an array, whose heads of k and v are overwritten; then nothing is returned.
     """
-    static = dict(work=work, heads=heads, rotates=rotates, scale=scale, sms=sms, interpret=interpret)
+    static = dict(work=work, heads=heads, scale=scale, sms=sms, interpret=interpret)
     gradients = [common.like(v)] if heads.keys_beside_values else [common.like(k), common.like(v)]
     return common.persistent(
         functools.partial(_dkv, **static),
         name="attention_dkv",
         out_type=[] if target is not None else gradients,
-        scratch=dkv_scratch(q.dtype, q.shape[2] // hopper.PANEL, rotates=rotates, interpret=interpret),
+        scratch=dkv_scratch(q.dtype, q.shape[2] // hopper.PANEL, interpret=interpret),
         sms=sms,
         threads=WARPGROUPS + 1,
         interpret=interpret,
@@ -61,10 +60,10 @@ def attention_dkv(
     )
 
 
-def dkv_scratch(dtype, panels: int, *, rotates: bool, interpret) -> dict:
+def dkv_scratch(dtype, panels: int, *, interpret) -> dict:
     buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
     slots, tile = stream_slots(panels), (2, panels, BLOCK, hopper.PANEL)
-    return common.ready_barriers(FIXED_SLOTS * WARPGROUPS, slots, rotates) | dict(
+    return dict(
         held_smem=buffer((FIXED_SLOTS, WARPGROUPS, *tile)),  # k, v
         passing_smem=buffer((slots, *tile)),  # q, dout
         statistics_smem=plgpu.SMEM((slots, 2, BLOCK), jnp.float32),  # statistics, delta
@@ -73,6 +72,7 @@ def dkv_scratch(dtype, panels: int, *, rotates: bool, interpret) -> dict:
         full=plgpu.Barrier(num_arrivals=2 * panels + 2, num_barriers=slots),
         empty=plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=slots),
         tail_full=plgpu.Barrier(num_arrivals=common.tail_arrivals(panels)),
+        delta_full=plgpu.Barrier(num_arrivals=1),
     )
 
 
@@ -86,11 +86,9 @@ def _dkv(
     full,
     empty,
     tail_full,
-    held_ready: Any = None,
-    ready: Any = None,
+    delta_full,
     work,
     heads,
-    rotates,
     scale,
     sms,
     interpret,
@@ -99,8 +97,6 @@ def _dkv(
     *tables, q_gmem, k_gmem, v_gmem, dout_gmem, statistics_gmem, delta_gmem = refs
     first_heads = heads.first_k, heads.first_v
     tables, angles = common.tables_and_angles(work, tables)
-    if not rotates:
-        held_ready, ready = held_full, full
     group, width, dtype = heads.group, q_gmem.shape[2], q_gmem.dtype
     panels = width // hopper.PANEL
     slots = full.shape[0]
@@ -115,11 +111,34 @@ def _dkv(
         walk = work.kv_walk(tables, sm, heads=heads.kv, sms=sms, warpgroups=WARPGROUPS)
         return common.over_tiles(walk, work.kv_item, body, carry)
 
+    def origin_of(item):
+        """Where blocks of queries begin. Only at head width 64: at 128 the code for a short last block lets registers
+        spill, which costs more than it saves."""
+        return common.first_seen(item.position, work.right) if panels == 1 else zero
+
     def blocks_seen(item, first, rows):
-        return common.blocks_seen(item.position + first, rows, item.q_rows, work.right, work.left)
+        span = item.position + first, rows, item.q_rows, work.right, work.left
+        return common.blocks_seen(*span, origin_of(item))
 
     def memory():
-        plgpu.set_max_registers(common.registers(WARPGROUPS, rotates, 2 * panels)[1], action="decrease")
+        plgpu.set_max_registers(common.registers(WARPGROUPS)[1], action="decrease")
+
+        def load_statistics(slot, at, left):
+            statistics, delta = (statistics_smem.at[slot, i] for i in range(2))
+            plgpu.copy_gmem_to_smem(statistics_gmem.at[at], statistics, full.at[slot])
+
+            def whole():
+                plgpu.copy_gmem_to_smem(delta_gmem.at[at], delta, full.at[slot])
+
+            def tail():  # behind the sample's deltas may lie NaN, and 0·NaN is NaN
+                plgpu.copy_gmem_to_smem(delta_gmem.at[at], delta, delta_full)
+                plgpu.barrier_wait(delta_full)
+                row = plgpu.layout_cast(lax.iota(jnp.int32, BLOCK), common.ROW)
+                delta[...] = jnp.where(row < left, plgpu.load(delta, layout=common.ROW), 0.0)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(full.at[slot])
+
+            lax.cond(left >= BLOCK, whole, tail)
 
         def load_item(item, kv_head, counters):
             *held_counts, count = counters
@@ -140,45 +159,27 @@ def _dkv(
 
                 held_counts[w] += live.astype(jnp.int32)
             begin, end = blocks_seen(item, 0, item.rows)
-
-            def rotate_keys():
-                def tile_of(held, w):
-                    return held_mma.at[held, w, 0]
-
-                where = item.kv_row, item.rows
-                rotary.rotate_held(tile_of, held_counts, FIXED_SLOTS, angles, *where, held_full, held_ready)
+            origin = origin_of(item)
 
             def load_head(g, count):
                 head = kv_head * group + g
 
-                def load(j):
-                    n, first = count + j - begin, j * BLOCK
+                def load(j, _):
+                    n, first = count + j - begin, origin + j * BLOCK
                     slot = common.modulo(n, slots)
 
                     @pl.when(n >= slots)
                     def _():
                         plgpu.barrier_wait(empty.at[slot])
 
-                    at = head, pl.ds(item.statistics + first, BLOCK)
-                    for i, source in enumerate((statistics_gmem, delta_gmem)):
-                        plgpu.copy_gmem_to_smem(source.at[at], statistics_smem.at[slot, i], full.at[slot])
                     left = item.q_rows - first
+                    load_statistics(slot, (head, pl.ds(item.statistics + first, BLOCK)), left)
                     sources = (q_gmem, item.q_row, heads.first_q + head), (dout_gmem, item.out_row, head)
                     for i, (source, row, source_head) in enumerate(sources):
                         target = passing_tma.at[slot, i]
                         common.load_block(source, target, row + first, left, source_head, full.at[slot], tail_full)
 
-                def rotate_queries(j):
-                    slot = common.modulo(count + j - begin, slots)
-                    plgpu.barrier_wait(full.at[slot])
-                    row, left = item.q_row + j * BLOCK, item.q_rows - j * BLOCK
-                    rotary.rotate(passing_mma.at[slot, 0], angles, row, left, ready.at[slot])
-
-                if rotates:
-                    prepare = functools.partial(pl.when(g == 0), rotate_keys)
-                    common.load_ahead(begin, end, slots - 1, load, prepare, rotate_queries)
-                else:
-                    lax.fori_loop(begin, end, lambda j, _: load(j), None)
+                lax.fori_loop(begin, end, load, None)
                 return count + end - begin
 
             return *held_counts, lax.fori_loop(0, group, load_head, count)
@@ -192,7 +193,7 @@ def _dkv(
         gaps.fill(passing_mma.at[0, 0, 0], passing_tma.at[0, 0, 0], *filled)
 
     def compute():
-        plgpu.set_max_registers(common.registers(WARPGROUPS, rotates, 2 * panels)[0], action="increase")
+        plgpu.set_max_registers(common.registers(WARPGROUPS)[0], action="increase")
 
         def item_body(item, kv_head, counters):
             held_count, count = counters
@@ -203,24 +204,26 @@ def _dkv(
 
             def pass_over(n, _):
                 slot = common.modulo(n, slots)
-                plgpu.barrier_wait(ready.at[slot])
+                plgpu.barrier_wait(full.at[slot])
                 plgpu.barrier_arrive(empty.at[slot])
 
             def active():
                 held_slot = common.modulo(held_count, FIXED_SLOTS)
                 barrier = held_slot * WARPGROUPS + warpgroup
                 mine_begin, mine_end = blocks_seen(item, first, rows)
-                position = item.position + first
-                plgpu.barrier_wait(held_ready.at[barrier])
+                position, origin = item.position + first, origin_of(item)
+                last = common.end_seen(position, rows, item.q_rows, work.left) - origin
+                whole_end = common.whole_end(mine_begin, mine_end, last) if panels == 1 else mine_end
+                plgpu.barrier_wait(held_full.at[barrier])
 
                 def all_blocks(dk_acc, dv_acc):
                     def one_head(g, _):
                         count_queries = count + g * (end - begin) - begin  # of query block 0
                         lax.fori_loop(count_queries + begin, count_queries + mine_begin, pass_over, None)
 
-                        def step(j, _):
+                        def step(j, _, queries: int):
                             slot, w, at = common.hold(common.modulo(count_queries + j, slots), warpgroup, held_slot)
-                            plgpu.barrier_wait(ready.at[slot])
+                            plgpu.barrier_wait(full.at[slot])
 
                             def statistic(which, column, like):
                                 """The queries' statistics or deltas, spread over a few columns."""
@@ -230,21 +233,16 @@ def _dkv(
                             def score_gradients(s_acc, dp_acc):
                                 for acc, i in ((s_acc, 0), (dp_acc, 1)):
                                     for p in range(panels):
-                                        queries = passing_mma.at[slot, i, p].transpose((1, 0))
-                                        plgpu.wgmma(acc, held_mma.at[at, w, i, p], queries)
+                                        part = passing_mma.at[slot, i, p, pl.ds(0, queries)]
+                                        plgpu.wgmma(acc, held_mma.at[at, w, i, p], part.transpose((1, 0)))
                                 s = plgpu.wgmma_accumulator_load(s_acc, wait_n=panels)  # dP is still running
-                                span = position, j * BLOCK, item.q_rows, work.right, work.left
 
-                                def weigh(s, masked):
-                                    parts = []
-                                    for column, part in common.slices(s):
-                                        part = jnp.exp2(part * to_log2 - statistic(0, column, part))
-                                        parts.append(common.mask(part, 0.0, *span, column) if masked else part)
-                                    return lax.concatenate(parts, 1)
+                                def probabilities(column, part):
+                                    return jnp.exp2(part * to_log2 - statistic(0, column, part))
 
-                                whole, cut = (functools.partial(weigh, masked=masked) for masked in (False, True))
-                                p = lax.cond(common.inside(*span), whole, cut, s)
-                                narrow = p.astype(dtype)
+                                span = position, origin + j * BLOCK, item.q_rows, work.right, work.left
+                                p = common.masked_slices(probabilities, s, 0.0, *span)
+                                narrow = common.filled_up(p.astype(dtype))
                                 for i in range(panels):
                                     acc = common.acc_panel(dv_acc, i, panels)
                                     plgpu.wgmma(acc, narrow, passing_mma.at[slot, 1, i])
@@ -254,17 +252,19 @@ def _dkv(
                                     for column, part, dp_part in common.slices(p, dp)
                                 ]
                                 plgpu.commit_smem()  # these reads come before the copy that overwrites them
-                                return lax.concatenate(parts, 1)
+                                return common.filled_up(lax.concatenate(parts, 1))
 
-                            square = plgpu.ACC((BLOCK, BLOCK), jnp.float32)
-                            ds = pl.run_scoped(score_gradients, square, square)
+                            acc = plgpu.ACC((BLOCK, queries), jnp.float32)
+                            ds = pl.run_scoped(score_gradients, acc, acc)
                             for i in range(panels):
                                 acc = common.acc_panel(dk_acc, i, panels)
                                 plgpu.wgmma(acc, ds, passing_mma.at[slot, 0, i])
                             plgpu.wgmma_wait(0)
                             plgpu.barrier_arrive(empty.at[slot])
 
-                        lax.fori_loop(mine_begin, mine_end, step, None)
+                        lax.fori_loop(mine_begin, whole_end, functools.partial(step, queries=BLOCK), None)
+                        if panels == 1:
+                            lax.fori_loop(whole_end, mine_end, functools.partial(step, queries=common.NARROW), None)
                         lax.fori_loop(count_queries + mine_end, count_queries + end, pass_over, None)
 
                     one_head(0, None) if group == 1 else lax.fori_loop(0, group, one_head, None)
@@ -272,14 +272,18 @@ def _dkv(
 
                 acc = plgpu.ACC((BLOCK, width), jnp.float32)
                 dk, dv = pl.run_scoped(all_blocks, acc, acc)
-                # This warpgroup alone reads these keys and values: they make room for their gradients.
-                dk = dk * scale
-                if angles is not None:
-                    dk = rotary.turn_back(dk, angles, item.kv_row + first)
-                for i, value in enumerate((dk, dv)):
+                row = item.kv_row + first
+                turns = None if angles is None else rotary.load_tile(angles, row)
+
+                def store(i, value):
+                    # This warpgroup alone reads these keys and values: they make room for their gradients.
                     staging = held_tma.at[held_slot, warpgroup, i]
                     common.stage(value, staging)
-                    common.store_block(staging, targets[i], item.kv_row + first, first_heads[i] + kv_head, rows)
+                    common.store_block(staging, targets[i], row, first_heads[i] + kv_head, rows)
+
+                store(1, dv)  # while the angles are on their way
+                dk = dk * scale
+                store(0, dk if turns is None else rotary.turn_back(dk, turns))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(held_empty.at[barrier])
 

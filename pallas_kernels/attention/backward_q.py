@@ -14,7 +14,6 @@ product. Deterministic: two runs give the same bits.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -48,14 +47,13 @@ def attention_dq(
     *,
     heads: common.Heads,
     room: int | None = None,
-    rotates: bool = False,
     scale: float,
     sms: int,
     interpret=None,
 ):
     """(dq, delta); delta [H, ...] float32 lies as the statistics do.
 
-    angles: of rotary encoding, an `Angles`: dq is turned back by them. rotates: q and k are rotated here too.
+    angles: of rotary encoding, an `Angles`: dq is turned back by them.
 
     room: heads of the array that dq is written to, from heads.first_q on; the others are left for `attention_dkv`.
 
@@ -65,12 +63,12 @@ def attention_dq(
         dq = jax.ShapeDtypeStruct((work.splits, heads.q, q.shape[0], q.shape[2]), jnp.float32)
     else:
         dq = jax.ShapeDtypeStruct((q.shape[0], room or heads.q, q.shape[2]), q.dtype)
-    static = dict(work=work, heads=heads, rotates=rotates, scale=scale, sms=sms, interpret=interpret)
+    static = dict(work=work, heads=heads, scale=scale, sms=sms, interpret=interpret)
     return common.persistent(
         functools.partial(_dq, **static),
         name="attention_dq",
         out_type=[dq, common.like(statistics)],
-        scratch=dq_scratch(q.dtype, q.shape[2] // hopper.PANEL, rotates=rotates, interpret=interpret),
+        scratch=dq_scratch(q.dtype, q.shape[2] // hopper.PANEL, interpret=interpret),
         sms=sms,
         threads=WARPGROUPS + 1,
         interpret=interpret,
@@ -78,10 +76,10 @@ def attention_dq(
     )
 
 
-def dq_scratch(dtype, panels: int, *, rotates: bool, interpret) -> dict:
+def dq_scratch(dtype, panels: int, *, interpret) -> dict:
     buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
     slots, tile = stream_slots(panels), (2, panels, BLOCK, hopper.PANEL)
-    return common.ready_barriers(FIXED_SLOTS * WARPGROUPS, slots, rotates) | dict(
+    return dict(
         held_smem=buffer((FIXED_SLOTS, WARPGROUPS, *tile)),  # q, dout
         passing_smem=buffer((slots, *tile)),  # k, v; or out of both warpgroups
         held_full=plgpu.Barrier(num_arrivals=2 * panels, num_barriers=FIXED_SLOTS * WARPGROUPS),
@@ -101,19 +99,14 @@ def _dq(
     full,
     empty,
     tail_full,
-    held_ready: Any = None,
-    ready: Any = None,
     work,
     heads,
-    rotates,
     scale,
     sms,
     interpret,
 ):
     *tables, q_gmem, k_gmem, v_gmem, out_gmem, dout_gmem, statistics_gmem, dq_gmem, delta_gmem = refs
     tables, angles = common.tables_and_angles(work, tables)
-    if not rotates:
-        held_ready, ready = held_full, full
     width, dtype = q_gmem.shape[2], q_gmem.dtype
     panels = width // hopper.PANEL
     slots = full.shape[0]
@@ -138,11 +131,15 @@ def _dq(
             walk, target = work.walk(tables, sm, heads=heads.q, sms=sms, warpgroups=WARPGROUPS), None
         return functools.partial(common.over_tiles, walk, lambda place: work.item(place, WARPGROUPS)), target
 
+    def origin_of(item):
+        return common.first_seen(item.position, work.left)
+
     def blocks_seen(item, first, rows):
-        return common.blocks_seen(item.position + first, rows, item.kv_rows, work.left, work.right)
+        span = item.position + first, rows, item.kv_rows, work.left, work.right
+        return common.blocks_seen(*span, origin_of(item))
 
     def memory():
-        plgpu.set_max_registers(common.registers(WARPGROUPS, rotates, panels)[1], action="decrease")
+        plgpu.set_max_registers(common.registers(WARPGROUPS)[1], action="decrease")
 
         def load_item(item, head, counters):
             *held_counts, count = counters
@@ -179,34 +176,16 @@ def _dq(
                 common.load_rows(out_gmem, passing_tma.at[slot, w], item.out_row + w * BLOCK, head, full.at[slot])
 
             begin, end = blocks_seen(item, 0, item.rows)
+            kv_row, kv_rows = item.kv_row + origin_of(item), item.kv_rows - origin_of(item)
 
-            def load(j):
-                row, left = item.kv_row + j * BLOCK, item.kv_rows - j * BLOCK
+            def load(j, _):
+                row, left = kv_row + j * BLOCK, kv_rows - j * BLOCK
                 slot = next_slot(count + 1 + j - begin)
                 target = passing_tma.at[slot]
                 common.load_rows(v_gmem, target.at[1], row, v_head, full.at[slot])
                 common.load_block(k_gmem, target.at[0], row, left, k_head, full.at[slot], tail_full)
 
-            def rotate_queries():
-                def tile_of(held, w):
-                    return held_mma.at[held, w, 0]
-
-                where = item.q_row, item.rows
-                rotary.rotate_held(tile_of, held_counts, FIXED_SLOTS, angles, *where, held_full, held_ready)
-
-                plgpu.barrier_wait(full.at[slot])  # out needs no rotation
-                plgpu.barrier_arrive(ready.at[slot])
-
-            def rotate_keys(j):
-                slot = common.modulo(count + 1 + j - begin, slots)
-                plgpu.barrier_wait(full.at[slot])
-                row, left = item.kv_row + j * BLOCK, item.kv_rows - j * BLOCK
-                rotary.rotate(passing_mma.at[slot, 0], angles, row, left, ready.at[slot])
-
-            if rotates:
-                common.load_ahead(begin, end, slots - 2, load, rotate_queries, rotate_keys)
-            else:
-                lax.fori_loop(begin, end, lambda j, _: load(j), None)
+            lax.fori_loop(begin, end, load, None)
             return *held_counts, count + 1 + end - begin
 
         def load_task(turn, counters):
@@ -222,7 +201,7 @@ def _dq(
             gaps.fill(passing_mma.at[0, 0, 0], passing_tma.at[0, 0, 0], (dq_gmem, heads.first_q, heads.q))
 
     def compute():
-        plgpu.set_max_registers(common.registers(WARPGROUPS, rotates, panels)[0], action="increase")
+        plgpu.set_max_registers(common.registers(WARPGROUPS)[0], action="increase")
 
         def item_body(shared_acc, item, head, counters):
             held_count, count = counters
@@ -233,19 +212,21 @@ def _dq(
 
             def pass_over(n, _):
                 slot = common.modulo(n, slots)
-                plgpu.barrier_wait(ready.at[slot])
+                plgpu.barrier_wait(full.at[slot])
                 plgpu.barrier_arrive(empty.at[slot])
 
             def active():
                 held_slot = common.modulo(held_count, FIXED_SLOTS)
                 barrier = held_slot * WARPGROUPS + warpgroup
                 mine_begin, mine_end = blocks_seen(item, first, rows)
-                position = item.position + first
+                position, origin = item.position + first, origin_of(item)
                 at_statistics = head, pl.ds(item.statistics + first, BLOCK)
                 lse = plgpu.load(statistics_gmem.at[at_statistics], layout=common.ROW, optimized=False)
-                plgpu.barrier_wait(held_ready.at[barrier])
+                # They are on their way while the blocks pass by.
+                turns = None if angles is None else rotary.load_tile(angles, item.q_row + first)
+                plgpu.barrier_wait(held_full.at[barrier])
                 slot = common.modulo(count, slots)
-                plgpu.barrier_wait(ready.at[slot])
+                plgpu.barrier_wait(full.at[slot])
                 delta = plgpu.layout_cast(jnp.zeros((BLOCK,), jnp.float32), common.ROW)
                 for p in range(panels):
                     o, do = (
@@ -260,29 +241,33 @@ def _dq(
                 lax.fori_loop(count_keys + begin, count_keys + mine_begin, pass_over, None)
 
                 def add_blocks(dq_acc):
-                    def step(j, _):
+                    def step(j, _, keys: int):
                         slot, w, at = common.hold(common.modulo(count_keys + j, slots), warpgroup, held_slot)
-                        plgpu.barrier_wait(ready.at[slot])
+                        plgpu.barrier_wait(full.at[slot])
 
                         def score_gradients(s_acc, dp_acc):
                             for acc, i in ((s_acc, 0), (dp_acc, 1)):
                                 for p in range(panels):
-                                    keys = passing_mma.at[slot, i, p].transpose((1, 0))
-                                    plgpu.wgmma(acc, held_mma.at[at, w, i, p], keys)
+                                    part = passing_mma.at[slot, i, p, pl.ds(0, keys)]
+                                    plgpu.wgmma(acc, held_mma.at[at, w, i, p], part.transpose((1, 0)))
                             s = plgpu.wgmma_accumulator_load(s_acc, wait_n=panels)  # dP is still running
                             p = jnp.exp2(s * to_log2 - common.rows_of(lse, s))
                             dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
                             ds = p * (dp - common.rows_of(delta, s))
-                            return common.masked(ds, 0.0, position, j * BLOCK, item.kv_rows, work.left, work.right)
+                            span = position, origin + j * BLOCK, item.kv_rows, work.left, work.right
+                            return common.masked(ds, 0.0, *span)
 
-                        square = plgpu.ACC((BLOCK, BLOCK), jnp.float32)
-                        ds = pl.run_scoped(score_gradients, square, square).astype(dtype)
+                        acc = plgpu.ACC((BLOCK, keys), jnp.float32)
+                        ds = common.filled_up(pl.run_scoped(score_gradients, acc, acc).astype(dtype))
                         for p in range(panels):
                             plgpu.wgmma(common.acc_panel(dq_acc, p, panels), ds, passing_mma.at[slot, 0, p])
                         plgpu.wgmma_wait(0)
                         plgpu.barrier_arrive(empty.at[slot])
 
-                    lax.fori_loop(mine_begin, mine_end, step, None)
+                    last = common.end_seen(position, rows, item.kv_rows, work.right) - origin
+                    whole_end = common.whole_end(mine_begin, mine_end, last)
+                    lax.fori_loop(mine_begin, whole_end, functools.partial(step, keys=BLOCK), None)
+                    lax.fori_loop(whole_end, mine_end, functools.partial(step, keys=common.NARROW), None)
 
                 def pass_over_rest():
                     lax.fori_loop(count_keys + mine_end, count_keys + end, pass_over, None)
@@ -300,8 +285,8 @@ def _dq(
                     # This warpgroup alone reads these queries: they make room for their gradient.
                     staging = held_tma.at[held_slot, warpgroup, 0]
                     dq = dq * scale
-                    if angles is not None:
-                        dq = rotary.turn_back(dq, angles, item.q_row + first)
+                    if turns is not None:
+                        dq = rotary.turn_back(dq, turns)
                     common.stage(dq, staging)
                     common.store_block(staging, dq_gmem, item.q_row + first, heads.first_q + head, rows)
                     pass_over_rest()

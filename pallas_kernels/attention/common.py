@@ -14,6 +14,7 @@ from pallas_kernels.attention.rotary import Angles
 from pallas_kernels.attention.tables import BLOCK
 
 LOG2E = math.log2(math.e)
+NARROW = 16  # others of a short last block
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a tile in the accumulators' layout
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 REDUCTION = 16  # bytes of shared memory that a reduction to a scalar asks for; within warps it uses none
@@ -68,41 +69,60 @@ def blocks_seen(first, rows, others, before: int | None, after: int | None, orig
     return begin, jnp.maximum(blocks_of(end_seen(first, rows, others, after) - origin), begin)
 
 
+def first_seen(first, before: int | None):
+    """The first of the others that row `first` meets. Blocks counted from there are fewer, and fewer need masks."""
+    return 0 * first if before is None else jnp.maximum(first - before, 0)
+
+
+def whole_end(begin, end, last):
+    """Behind the blocks of begin … end - 1 of which more than the first NARROW others are met; `last`: behind the last
+    other that is met, counted as the blocks are."""
+    return jnp.maximum(jnp.where(last > (end - 1) * BLOCK + NARROW, end, end - 1), begin)
+
+
 def end_seen(first, rows, others, after: int | None):
     """Behind the last of `others` rows that rows first … first + rows - 1 meet."""
     return others if after is None else jnp.minimum(others, first + rows + after)
 
 
-def inside(first, other, others, before: int | None, after: int | None):
-    """Do all rows first … and columns other … of a tile [BLOCK, BLOCK] meet?"""
-    whole = others - other >= BLOCK
-    if before is not None:
-        whole &= other >= first - before + (BLOCK - 1)
-    if after is not None:
-        whole &= other <= first + after - (BLOCK - 1)
-    return whole
-
-
-def mask(x, fill: float, first, other, others, before: int | None, after: int | None, column: int = 0):
-    """Columns column … of a tile of rows first … and columns other …, with `fill` where they don't meet.
-
-    Columns from `others` on are outside the sample.
-    """
-    span = first, other + column, others
-    x = _ends(x, fill, *span, after)
-    return x if before is None else _begins(x, fill, *span[:2], before)
-
-
-def masked(x, fill: float, first, other, others, before: int | None, after: int | None):
-    """`mask` of a tile; branches around each of the two comparisons where no element needs it."""
-    if before is not None:
-        begins = other < first - before + (BLOCK - 1)
-        x = lax.cond(begins, lambda x: _begins(x, fill, first, other, before), lambda x: x, x)
-    columns = x.shape[1]
+def _cuts(columns: int, first, other, others, before: int | None, after: int | None):
+    """Do elements of a tile of BLOCK rows first … and columns other … lie before what their row meets; behind it?"""
+    begins = None if before is None else other < first - before + (BLOCK - 1)
     ends = others - other < columns
     if after is not None:
         ends |= other > first + after - (columns - 1)
+    return begins, ends
+
+
+def masked(x, fill: float, first, other, others, before: int | None, after: int | None):
+    """A tile of rows first … and columns other …, with `fill` where they don't meet.
+
+    Columns from `others` on are outside the sample. Branches around each of the two comparisons where no element needs
+    it.
+    """
+    begins, ends = _cuts(x.shape[1], first, other, others, before, after)
+    if before is not None:
+        x = lax.cond(begins, lambda x: _begins(x, fill, first, other, before), lambda x: x, x)
     return lax.cond(ends, lambda x: _ends(x, fill, first, other, others, after), lambda x: x, x)
+
+
+def masked_slices(f, x, fill: float, first, other, others, before: int | None, after: int | None):
+    """`masked` of f(column, slice) of all slices of x, which takes fewer registers."""
+    begins, ends = _cuts(x.shape[1], first, other, others, before, after)
+
+    def run(x, begins: bool, ends: bool):
+        parts = []
+        for column, part in slices(x):
+            part = f(column, part)
+            if ends:
+                part = _ends(part, fill, first, other + column, others, after)
+            parts.append(_begins(part, fill, first, other + column, before) if begins else part)
+        return lax.concatenate(parts, 1)
+
+    def begun(x):
+        return lax.cond(ends, lambda x: run(x, False, True), lambda x: run(x, False, False), x)
+
+    return begun(x) if before is None else lax.cond(begins, lambda x: run(x, True, True), begun, x)
 
 
 def _iota(x, axis: int):
@@ -130,6 +150,15 @@ def slices(*tiles):
     """
     for column in range(0, tiles[0].shape[1], SLICE):
         yield column, *(x[:, column : column + SLICE] for x in tiles)
+
+
+def filled_up(x):
+    """The columns of a narrow tile and zeros: a product takes whole swizzled rows."""
+    missing = BLOCK - x.shape[1]
+    if not missing:
+        return x
+    zeros = plgpu.layout_cast(jnp.zeros((x.shape[0], missing), x.dtype), plgpu.Layout.WGMMA)
+    return lax.concatenate([x, zeros], 1)
 
 
 def rows_of(x, like, axis: int = 0):
@@ -201,16 +230,12 @@ def drain(count, slots: int, *barriers):
     lax.fori_loop(jnp.maximum(count - slots, 0), count, wait, None)
 
 
-def registers(warpgroups: int, rotates: bool, panels: int) -> tuple[int, int]:
-    """Registers of a thread of the warpgroups that compute, and of the one that issues copies and may rotate tiles.
-
-    panels: of all accumulators [BLOCK, 64] that a warpgroup keeps.
+def registers(warpgroups: int) -> tuple[int, int]:
+    """Registers of a thread of the warpgroups that compute, and of the one that issues copies.
 
     A block starts with the same number for every thread, a multiple of 8, and only moves registers about: more than
     there were at the start would be waited for in vain.
     """
-    if rotates:
-        return (224, 56) if panels > 2 else (208, 88)
     return {2: (232, 40), 3: (152, 56), 4: (112, 32)}[warpgroups]
 
 
@@ -218,31 +243,6 @@ def tables_and_angles(work, refs) -> tuple[Any, Any]:
     """The first operands of a kernel: the work's tables, and the angles if there are any."""
     count = len(work.tables._fields)
     return work.tables(*refs[:count]), Angles(*refs[count:]) if refs[count:] else None
-
-
-def ready_barriers(held: int, passing: int, rotates: bool) -> dict:
-    """Barriers for tiles that are rotated after their copy; without angles a copy is all."""
-    if not rotates:
-        return {}
-    return dict(
-        held_ready=plgpu.Barrier(num_arrivals=1, num_barriers=held),
-        ready=plgpu.Barrier(num_arrivals=1, num_barriers=passing),
-    )
-
-
-def load_ahead(begin, end, ahead: int, load, prepare, finish):
-    """load(j) for begin <= j < end, `ahead` of finish(j); prepare() before the first finish."""
-    lax.fori_loop(begin, jnp.minimum(begin + ahead, end), lambda j, _: load(j), None)
-    prepare()
-
-    def step(j, _):
-        @pl.when(j + ahead < end)
-        def _():
-            load(j + ahead)
-
-        finish(j)
-
-    lax.fori_loop(begin, end, step, None)
 
 
 def over_tiles(walk, item_of, body, carry):

@@ -13,7 +13,6 @@ unnormalised; exp2 and log2 are the hardware's approximations. Every row is writ
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -23,10 +22,9 @@ from jax import lax
 from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_store  # no public name in JAX 0.11
 
 from pallas_kernels import hopper
-from pallas_kernels.attention import common, rotary
+from pallas_kernels.attention import common
 from pallas_kernels.attention.tables import BLOCK
 
-NARROW = 16  # keys of a short last block
 LOWEST = -1e30  # a running maximum that any score exceeds; finite, so that nothing becomes ∞ - ∞
 
 
@@ -36,7 +34,6 @@ def attention_forward(
     q,
     k,
     v,
-    angles=None,
     *,
     heads: common.Heads,
     warpgroups: int,
@@ -47,11 +44,10 @@ def attention_forward(
     """(out, statistics): statistics [H, ...] float32 hold log2 Σ exp2(log2(e) · scale · q·k) of every query row.
 
     work: which rows meet, see `work.py`; tables: what `work` reads. heads: of q, k and v in their arrays. warpgroups:
-    how many compute, 2 to 4; 2 with angles, an `Angles` of rotary encoding, and 4 only at head width 64.
+    how many compute, 2 to 4, and 4 only at head width 64.
     """
-    panels, rotates = q.shape[2] // hopper.PANEL, angles is not None
-    static = dict(work=work, heads=heads, rotates=rotates, warpgroups=warpgroups)
-    static |= dict(scale=scale, sms=sms, interpret=interpret)
+    panels = q.shape[2] // hopper.PANEL
+    static = dict(work=work, heads=heads, warpgroups=warpgroups, scale=scale, sms=sms, interpret=interpret)
     return common.persistent(
         functools.partial(_kernel, **static),
         name="attention_forward",
@@ -59,25 +55,21 @@ def attention_forward(
             jax.ShapeDtypeStruct((work.out_rows, heads.q, q.shape[2]), q.dtype),
             jax.ShapeDtypeStruct((heads.q, work.statistics_rows), jnp.float32),
         ],
-        scratch=forward_scratch(q.dtype, panels, warpgroups, rotates=rotates, interpret=interpret),
+        scratch=forward_scratch(q.dtype, panels, warpgroups, interpret=interpret),
         sms=sms,
         threads=warpgroups + 1,
         interpret=interpret,
-        operands=(*tables, *(angles or ()), q, k, v),
+        operands=(*tables, q, k, v),
         reduces=True,
     )
 
 
-def forward_scratch(dtype, panels: int, warpgroups: int, *, rotates: bool, interpret) -> dict:
+def forward_scratch(dtype, panels: int, warpgroups: int, *, interpret) -> dict:
     """Shared memory and barriers: two tiles of queries, and as many blocks of keys and values as fit beside them."""
     q_slots, kv_slots = 2, 8 // panels
     buffer = functools.partial(hopper.row_buffer, dtype=dtype, interpret=interpret)
     kv = (kv_slots, panels, BLOCK, hopper.PANEL)
-    ready = dict(
-        q_ready=plgpu.Barrier(num_arrivals=1, num_barriers=q_slots * warpgroups),
-        k_ready=plgpu.Barrier(num_arrivals=1, num_barriers=kv_slots),
-    )
-    return (ready if rotates else {}) | dict(
+    return dict(
         q_smem=buffer((q_slots, warpgroups, panels, BLOCK, hopper.PANEL)),
         k_smem=buffer(kv),
         v_smem=buffer(kv),
@@ -103,9 +95,6 @@ def _kernel(
     v_full,
     v_empty,
     tail_full,
-    q_ready: Any = None,
-    k_ready: Any = None,
-    rotates,
     work,
     heads,
     warpgroups,
@@ -114,7 +103,7 @@ def _kernel(
     interpret,
 ):
     *tables, q_gmem, k_gmem, v_gmem, out_gmem, statistics_gmem = refs
-    tables, angles = common.tables_and_angles(work, tables)
+    tables = work.tables(*tables)
     width, dtype = q_gmem.shape[2], q_gmem.dtype
     panels = width // hopper.PANEL
     kv_slots = k_full.shape[0]
@@ -123,8 +112,6 @@ def _kernel(
         hopper.row_views(x, interpret=interpret) for x in (q_smem, k_smem, v_smem)
     )
     to_log2 = scale * common.LOG2E
-    if not rotates:
-        q_ready, k_ready = q_full, k_full
     sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
     zero = jnp.int32(0)
 
@@ -133,15 +120,14 @@ def _kernel(
         return common.over_tiles(walk, lambda place: work.item(place, warpgroups), body, carry)
 
     def origin_of(item):
-        """The first key that a tile sees; its blocks of keys begin there."""
-        return zero if work.left is None else jnp.maximum(item.position - work.left, 0)
+        return common.first_seen(item.position, work.left)
 
     def blocks_seen(item, first, rows):
         span = item.position + first, rows, item.kv_rows, work.left, work.right
         return common.blocks_seen(*span, origin_of(item))
 
     def memory():
-        plgpu.set_max_registers(common.registers(warpgroups, rotates, panels)[1], action="decrease")
+        plgpu.set_max_registers(common.registers(warpgroups)[1], action="decrease")
 
         def load_item(item, head, counters):
             *q_counts, kv_count = counters
@@ -165,7 +151,7 @@ def _kernel(
             kv_row, kv_rows = item.kv_row + origin_of(item), item.kv_rows - origin_of(item)
             k_head, v_head = heads.first_k + kv_head, heads.first_v + kv_head
 
-            def load(j):
+            def load(j, _):
                 n, row = kv_count + j - begin, kv_row + j * BLOCK
                 slot = common.modulo(n, kv_slots)
 
@@ -182,21 +168,7 @@ def _kernel(
                 left = kv_rows - j * BLOCK
                 common.load_block(v_gmem, v_tma.at[slot], row, left, v_head, v_full.at[slot], tail_full)
 
-            def rotate_queries():
-                def tile_of(slot, w):
-                    return q_mma.at[slot, w]
-
-                rotary.rotate_held(tile_of, q_counts, q_slots, angles, item.q_row, item.rows, q_full, q_ready)
-
-            def rotate_keys(j):
-                slot = common.modulo(kv_count + j - begin, kv_slots)
-                plgpu.barrier_wait(k_full.at[slot])
-                rotary.rotate(k_mma.at[slot], angles, kv_row + j * BLOCK, kv_rows - j * BLOCK, k_ready.at[slot])
-
-            if rotates:
-                common.load_ahead(begin, end, kv_slots - 1, load, rotate_queries, rotate_keys)
-            else:
-                lax.fori_loop(begin, end, lambda j, _: load(j), None)
+            lax.fori_loop(begin, end, load, None)
             return *q_counts, kv_count + end - begin
 
         *q_counts, kv_count = over_tiles(load_item, (zero,) * (warpgroups + 1))
@@ -207,7 +179,7 @@ def _kernel(
         gaps.fill(k_mma.at[0, 0], k_tma.at[0, 0], (out_gmem, 0, heads.q))
 
     def compute():
-        plgpu.set_max_registers(common.registers(warpgroups, rotates, panels)[0], action="increase")
+        plgpu.set_max_registers(common.registers(warpgroups)[0], action="increase")
 
         def attend(item, head, counters):
             q_count, kv_count = counters
@@ -217,7 +189,7 @@ def _kernel(
 
             def pass_over(j, _):
                 slot = common.modulo(kv_count + j - begin, kv_slots)
-                plgpu.barrier_wait(k_ready.at[slot])
+                plgpu.barrier_wait(k_full.at[slot])
                 plgpu.barrier_arrive(k_empty.at[slot])
                 plgpu.barrier_wait(v_full.at[slot])
                 plgpu.barrier_arrive(v_empty.at[slot])
@@ -228,13 +200,13 @@ def _kernel(
                 mine_begin, mine_end = blocks_seen(item, first, rows)
                 position, origin = item.position + first, origin_of(item)
                 lax.fori_loop(begin, mine_begin, pass_over, None)
-                plgpu.barrier_wait(q_ready.at[barrier])
+                plgpu.barrier_wait(q_full.at[barrier])
 
                 def all_blocks(out_acc):
                     def step(j, carry, keys: int):
                         highest, totals = carry
                         slot, w, at = common.hold(common.modulo(kv_count + j - begin, kv_slots), warpgroup, q_slot)
-                        plgpu.barrier_wait(k_ready.at[slot])
+                        plgpu.barrier_wait(k_full.at[slot])
 
                         def scores(acc):
                             for p in range(panels):
@@ -253,9 +225,7 @@ def _kernel(
                         totals = totals * common.rows_of(shrink, totals) + part
                         out = plgpu.wgmma_accumulator_load(out_acc, wait_n=None)
                         wgmma_accumulator_store(out_acc, out * common.rows_of(shrink, out))
-                        p = p.astype(dtype)
-                        if keys < BLOCK:  # a product takes whole swizzled rows
-                            p = lax.concatenate([p, tile(BLOCK - keys, dtype)], 1)
+                        p = common.filled_up(p.astype(dtype))
                         plgpu.barrier_wait(v_full.at[slot])
                         for i in range(panels):
                             plgpu.wgmma(common.acc_panel(out_acc, i, panels), p, v_mma.at[slot, i])
@@ -263,17 +233,15 @@ def _kernel(
                         plgpu.barrier_arrive(v_empty.at[slot])
                         return new, totals
 
-                    def tile(columns, dtype):
-                        return plgpu.layout_cast(jnp.zeros((BLOCK, columns), dtype), plgpu.Layout.WGMMA)
-
                     last = common.end_seen(position, rows, item.kv_rows, work.right) - origin
-                    whole_end = jnp.where(last > (mine_end - 1) * BLOCK + NARROW, mine_end, mine_end - 1)
-                    whole_end = jnp.maximum(whole_end, mine_begin)
+                    whole_end = common.whole_end(mine_begin, mine_end, last)
                     lowest = plgpu.layout_cast(jnp.full((BLOCK,), LOWEST, jnp.float32), common.ROW)
                     # Each thread adds up its own columns: sums over a row need threads to wait for each other.
-                    carry = lowest, tile(common.SLICE, jnp.float32)
+                    zeros = jnp.zeros((BLOCK, common.SLICE), jnp.float32)
+                    carry = lowest, plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)
                     carry = lax.fori_loop(mine_begin, whole_end, functools.partial(step, keys=BLOCK), carry)
-                    highest, totals = lax.fori_loop(whole_end, mine_end, functools.partial(step, keys=NARROW), carry)
+                    narrow = functools.partial(step, keys=common.NARROW)
+                    highest, totals = lax.fori_loop(whole_end, mine_end, narrow, carry)
                     return out_acc[...], highest, jnp.sum(totals, axis=1)
 
                 out, highest, total = pl.run_scoped(all_blocks, plgpu.ACC((BLOCK, width), jnp.float32))

@@ -1,11 +1,7 @@
-"""Rotary encoding: in a pass of its own, or inside the kernels.
+"""Rotary encoding: a pass of its own rotates q and k, the backward kernels turn gradients back in registers.
 
-Inside, tiles are rotated in shared memory between their copy and their first product. The warpgroup that issues copies
-does it, one tile behind the copies it has issued. Angles are read where they lie; no rotated q or k ever reaches device
-memory, and gradients are turned back in registers.
-
-Numerics: sine and cosine are the hardware's approximation after an exact reduction to one turn; rotated tiles are
-rounded to the operands' dtype, as on the other paths.
+Numerics: sine and cosine are the hardware's approximation after an exact reduction to one turn; rotated q and k are
+rounded to their dtype, as on the other paths.
 """
 
 import math
@@ -95,64 +91,23 @@ def _turns(angle):
     return jnp.cos(rest), jnp.sin(rest)
 
 
-def _over_halves(f, x, angles: Angles, row):
-    """f(first half's columns, second half's, cos, sin) for a few columns at a time; returns both halves."""
-    half, rows = x.shape[1] // 2, angles.rows.shape[0]
+def load_tile(angles: Angles, row):
+    """Angles of the BLOCK rows from `row` on, in registers."""
+    rows = angles.rows.shape[0]
 
-    def load(source, row, column):
-        source = source.at[pl.ds(row, BLOCK), pl.ds(column, _SLICE)]
-        return plgpu.load(source, layout=plgpu.Layout.WGMMA, optimized=False)
+    def load(source, row):
+        return plgpu.load(source.at[pl.ds(row, BLOCK)], layout=plgpu.Layout.WGMMA, optimized=False)
 
-    parts = []
+    return lax.cond(
+        row + BLOCK <= rows, lambda: load(angles.rows, row), lambda: load(angles.last, row - (rows - BLOCK))
+    )
+
+
+def turn_back(x, angles):
+    """Gradient [BLOCK, D] in registers with respect to what was rotated; angles: a `load_tile`."""
+    half, parts = x.shape[1] // 2, []
     for column in range(0, half, _SLICE):
-        angle = lax.cond(
-            row + BLOCK <= rows,
-            lambda column=column: load(angles.rows, row, column),
-            lambda column=column: load(angles.last, row - (rows - BLOCK), column),
-        )
-        a, b = (x[:, column + shift : column + shift + _SLICE].astype(jnp.float32) for shift in (0, half))
-        parts.append(f(a, b, *_turns(angle)))
+        a, b = (x[:, column + shift : column + shift + _SLICE] for shift in (0, half))
+        cos, sin = _turns(angles[:, column : column + _SLICE])
+        parts.append((a * cos + b * sin, b * cos - a * sin))
     return lax.concatenate([part for side in zip(*parts, strict=True) for part in side], 1)
-
-
-def turn_back(x, angles: Angles, row):
-    """Gradient [BLOCK, D] in registers with respect to what was rotated."""
-    return _over_halves(lambda a, b, cos, sin: (a * cos + b * sin, b * cos - a * sin), x, angles, row)
-
-
-def rotate(tile, angles: Angles, row, rows, ready):
-    """Rotate the rows of a tile [panels, BLOCK, 64] in shared memory (its wgmma view); zeros from `rows` on.
-
-    What lies there, angles included, may be NaN. Arrives at `ready`.
-    """
-    panels = tile.shape[0]
-    x = [plgpu.load(tile.at[p], layout=plgpu.Layout.WGMMA) for p in range(panels)]
-    x = lax.concatenate(x, 1) if panels > 1 else x[0]
-
-    def forward(a, b, cos, sin):
-        seen = plgpu.broadcasted_iota(jnp.int32, a.shape, 0, layout=plgpu.Layout.WGMMA) < rows
-        turned = a * cos - b * sin, a * sin + b * cos
-        return tuple(jnp.where(seen, y, 0.0).astype(tile.dtype) for y in turned)
-
-    x = _over_halves(forward, x, angles, row)
-    for p in range(panels):
-        tile.at[p][...] = x[:, p * (x.shape[1] // panels) : (p + 1) * (x.shape[1] // panels)]
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(ready)
-
-
-def rotate_held(tile_of, counts, slots: int, angles: Angles, row, rows, full, ready):
-    """Rotate the tiles that stay, one of each warpgroup that has rows.
-
-    tile_of: (slot, warpgroup) -> tile; counts: tiles of each warpgroup until now; slots: of each, a power of two; full,
-    ready: barriers [slots · warpgroups].
-    """
-
-    def one(w, _):
-        count = sum(jnp.where(w == i, n, 0) for i, n in enumerate(counts))
-        slot = (count - 1) & (slots - 1)
-        barrier = slot * len(counts) + w
-        plgpu.barrier_wait(full.at[barrier])
-        rotate(tile_of(slot, w), angles, row + w * BLOCK, rows - w * BLOCK, ready.at[barrier])
-
-    lax.fori_loop(0, lax.div(rows + (BLOCK - 1), jnp.int32(BLOCK)), one, None)

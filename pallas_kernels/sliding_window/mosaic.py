@@ -31,7 +31,6 @@ class Static(NamedTuple):
     left: int | None
     right: int | None
     scale: float
-    turn_inside: bool
     dense: bool  # as many rows as samples of the greatest length have
     sms: int
     interpret: Any
@@ -69,16 +68,13 @@ def _run(
     left: int,
     right: int,
     scale: float,
-    turn_inside: bool = False,
     sms: int | None = None,
     interpret=None,
 ):
     """arrays: q, k and v, or one array that has all of their heads.
 
-    Queries and keys are rotated in a pass before the kernels, which turn the gradients back themselves.
-
-    turn_inside: rotate inside the kernels too. Slower: tiles are turned in shared memory once for every tile that sees
-    them.
+    Queries and keys are rotated in a pass before the kernels, which turn the gradients back themselves: inside the
+    kernels, tiles would be rotated once for every tile that sees them, which was slower.
     """
     rows, _, width = arrays[0].shape
     if max_length == 0:
@@ -89,7 +85,6 @@ def _run(
         None if left >= farthest else left,
         None if right >= farthest else right,
         scale,
-        turn_inside,
         rows == starts.shape[0] * max_length,
         hopper.sm_count() if sms is None else sms,
         interpret,
@@ -109,10 +104,8 @@ def _attention(static: Static, arrays, starts, lengths, angles=None):
     return _forward(static, arrays, starts, lengths, angles)[0]
 
 
-def forward_warpgroups(width: int, left: int | None, right: int | None, *, rotates: bool) -> int:
+def forward_warpgroups(width: int, left: int | None, right: int | None) -> int:
     """How many compute: more of them hide each other's waits, as long as registers last and they see the same keys."""
-    if rotates:
-        return 2
     if width == 64:
         return 4
     return 2 if left is not None and right is not None and left + right < NARROW else 3
@@ -122,7 +115,7 @@ def forward_warpgroups(width: int, left: int | None, right: int | None, *, rotat
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(static: Static, arrays, starts, lengths, angles=None):
     q, k, v = arrays * 3 if len(arrays) == 1 else arrays
-    if angles is not None and not static.turn_inside:
+    if angles is not None:
         rotated_heads = static.heads.first_v
         if len(arrays) == 3:
             q, k = xla.rotated(starts, lengths, angles, q, k)
@@ -132,14 +125,13 @@ def _forward(static: Static, arrays, starts, lengths, angles=None):
         else:
             (q,) = (k,) = xla.rotated(starts, lengths, angles, q[:, :rotated_heads])
     angles = None if angles is None else with_end(angles)
-    inside = angles if static.turn_inside else None
-    warpgroups = forward_warpgroups(q.shape[2], static.left, static.right, rotates=inside is not None)
+    warpgroups = forward_warpgroups(q.shape[2], static.left, static.right)
     run: dict[str, Any] = dict(heads=static.heads, scale=static.scale, sms=static.sms, interpret=static.interpret)
     # Measured on an H100, D 128, window (100, 100): the whole grid as one team takes 0.20 ms for 64 samples of 2048,
     # runs 0.23; but 1.08 and 0.98 for 1152 samples of 1 … 1024. Narrow windows and D 64 share too little to gain.
     runs = warpgroups != 3 or not static.dense
     work = WindowWithoutTables(q.shape[0], starts.shape[0], static.left, static.right, runs)
-    out, statistics = attention_forward(work, Spans(starts, lengths), q, k, v, inside, warpgroups=warpgroups, **run)
+    out, statistics = attention_forward(work, Spans(starts, lengths), q, k, v, warpgroups=warpgroups, **run)
     out, statistics, _ = vary_together(out, statistics, q)
     return out, (q, k, v, starts, lengths, angles, out, statistics)
 
@@ -151,7 +143,6 @@ def _backward(static: Static, residuals, dout):
     heads = static.heads
     by_query, by_key = (_ranges(static, q.shape[0], starts, lengths, n) for n in (heads.q, heads.kv))
     run: dict[str, Any] = dict(heads=heads, scale=static.scale, sms=static.sms, interpret=static.interpret)
-    run |= dict(rotates=static.turn_inside and angles is not None)
     room = v.shape[1] if heads.keys_beside_values else None
     dq, delta = attention_dq(work, by_query, q, k, v, out, dout, statistics, angles, room=room, **run)
     dkv = functools.partial(attention_dkv, work, by_key, q, k, v, dout, statistics, delta, angles, **run)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hopper, packed_sliding_window_attention, sliding_window_attention
-from pallas_kernels.sliding_window import mosaic
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,10 +42,6 @@ def compiled(implementation, longest, window, turned):
     @jax.jit
     def run(q, k, v, do, starts, lengths, angles):
         def attend(*x):
-            if implementation == "turned inside":
-                left, right = window
-                static = dict(max_length=longest, left=left, right=right, scale=q.shape[2] ** -0.5, turn_inside=True)
-                return mosaic.mosaic_gpu(*x, starts, lengths, angles, **static)
             turns = dict(angles=angles) if turned else {}
             static = dict(max_length=longest, window=window)
             if implementation == "packed":
@@ -110,7 +105,7 @@ def test_values_and_gradients(name):
     check((window, dict(samples=60, longest=700) | shape))
 
 
-@pytest.mark.parametrize("implementation", ["mosaic_gpu", "turned inside", "packed"])
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "packed"])
 @pytest.mark.parametrize("width", [64, 128])
 def test_rotary_angles(width, implementation):
     kv_heads = 4 if implementation == "packed" else 2
