@@ -110,19 +110,19 @@ def masked_slices(f, x, fill: float, first, other, others, before: int | None, a
     """`masked` of f(column, slice) of all slices of x, which takes fewer registers."""
     begins, ends = _cuts(x.shape[1], first, other, others, before, after)
 
-    def run(x, begins: bool, ends: bool):
+    def run(x, before: int | None, ends: bool):
         parts = []
         for column, part in slices(x):
             part = f(column, part)
             if ends:
                 part = _ends(part, fill, first, other + column, others, after)
-            parts.append(_begins(part, fill, first, other + column, before) if begins else part)
+            parts.append(part if before is None else _begins(part, fill, first, other + column, before))
         return lax.concatenate(parts, 1)
 
     def begun(x):
-        return lax.cond(ends, lambda x: run(x, False, True), lambda x: run(x, False, False), x)
+        return lax.cond(ends, lambda x: run(x, None, True), lambda x: run(x, None, False), x)
 
-    return begun(x) if before is None else lax.cond(begins, lambda x: run(x, True, True), begun, x)
+    return begun(x) if before is None else lax.cond(begins, lambda x: run(x, before, True), begun, x)
 
 
 def _iota(x, axis: int):
