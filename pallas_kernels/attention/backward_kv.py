@@ -24,6 +24,8 @@ from pallas_kernels.attention.backward_q import (
 )
 from pallas_kernels.attention.tables import BLOCK
 
+ALIGNED = 4  # float32 values in 16 bytes: TMA's first address must be a multiple, also inside an array
+
 
 def attention_dkv(
     work,
@@ -112,9 +114,9 @@ def _dkv(
         return common.over_tiles(walk, work.kv_item, body, carry)
 
     def origin_of(item):
-        """Where blocks of queries begin. Only at head width 64: at 128 the code for a short last block lets registers
-        spill, which costs more than it saves."""
-        return common.first_seen(item.position, work.right) if panels == 1 else zero
+        """Where blocks of queries begin, a multiple of ALIGNED. The sample's start at head width 128: there the code
+        for a short last block lets registers spill, which costs more than it saves."""
+        return common.first_seen(item.position, work.right) & -ALIGNED if panels == 1 else zero
 
     def blocks_seen(item, first, rows):
         span = item.position + first, rows, item.q_rows, work.right, work.left

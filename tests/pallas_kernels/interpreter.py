@@ -1,8 +1,8 @@
 """Run the Hopper kernels on a CPU: interpret mode with race detection, and lowering for sm_90. Test-only.
 
 JAX 0.11.2's Mosaic GPU interpreter lacks what attention kernels need: wgmma with its first operand in registers,
-predicates and additions of TMA copies, stores into an accumulator. `install` adds them to private JAX names; a new JAX
-version may need another patch or none.
+predicates and additions of TMA copies, stores into an accumulator; and it takes addresses that TMA doesn't. `install`
+adds all that to private JAX names; a new JAX version may need another patch or none.
 
 What interpret mode can't show: wgmma runs synchronously there, and the two views of a row buffer are one.
 """
@@ -106,7 +106,20 @@ def _interpret_wgmma(self, eqn, token, get_invals):
     ), []
 
 
-_copy_smem_to_gmem = gpu_callbacks.copy_smem_to_gmem
+_copy_gmem_to_smem, _copy_smem_to_gmem = gpu_callbacks.copy_gmem_to_smem, gpu_callbacks.copy_smem_to_gmem
+
+
+@gpu_callbacks.fail_on_exception
+def _load(*, token, mesh_location, thread, src_allocation_key_as_array, src_transforms, **kw):
+    """The interpreter's TMA load where the hardware makes it: elsewhere an H100 stops with an illegal instruction."""
+    buffers = _Buffers(mesh_location, thread, kw["source_info"])
+    key, access = buffers.locate(src_allocation_key_as_array, src_transforms)
+    last, dtype = access.range[-1], buffers.shared.buffer_shape_and_dtype(key).dtype
+    first = last.start if isinstance(last, slice) else last
+    if first * np.dtype(dtype).itemsize % 16:
+        raise ValueError(f"TMA from column {first} of {dtype}: the address must be a multiple of 16 bytes")
+    where = dict(src_allocation_key_as_array=src_allocation_key_as_array, src_transforms=src_transforms)
+    return _copy_gmem_to_smem(token=token, mesh_location=mesh_location, thread=thread, **where, **kw)
 
 
 def _store(**kw):
@@ -159,6 +172,7 @@ def install() -> None:
     interpreter._interpret_wgmma_ref_p = _interpret_wgmma
     interpreter._interpret_store_accumulator = _interpret_store_accumulator
     gpu_callbacks.copy_smem_to_gmem = _store
+    gpu_callbacks.copy_gmem_to_smem = _load
     # The interpreter is one match statement over primitives: add a case before its default.
     source = textwrap.dedent(inspect.getsource(interpreter.interpret))
     default = "        case _:\n"

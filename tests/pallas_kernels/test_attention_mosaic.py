@@ -358,7 +358,7 @@ def check(names, got, wanted, tolerance):
 
 
 INTERPRETED = {  # lengths, window, heads, key heads, width, dtype, where q and k are rotated
-    "two-sided, three tiles": ([131, 0, 1], (14, 12), 2, 1, 64, jnp.bfloat16, None),
+    "two-sided, three tiles": ([131, 0, 1], (14, 10), 2, 1, 64, jnp.bfloat16, None),
     "everything ahead, D 128, f16, packed": ([65, 194], (0, None), 1, 1, 128, jnp.float16, "packed"),
 }
 
