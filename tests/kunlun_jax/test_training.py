@@ -174,11 +174,14 @@ def keep(state):
     return True
 
 
-def test_evaluation_of_parts_equals_evaluation_of_the_whole(learner, schema):
+def test_evaluation_of_parts_equals_evaluation_of_the_whole(learner, schema, capsys):
     rng = np.random.default_rng(4)
     batches = [random_batch(schema, rng, samples=6, lengths=[2, 3, 0, 1, 5, 9]) for _ in range(3)]
     state, rates = learner.init(1), {"click": 0.4, "buy": 0.2}
     whole = learner.evaluate(state, batches, rates).results()
+    said = capsys.readouterr()
+    assert said.err.count("evaluation: compiling for batches of 6 samples") == 1  # one shape
+    assert not said.out  # there evaluate.py prints JSON
     logits = np.concatenate([np.asarray(learner.predict(state.params, state.tables, b)) for b in batches])
     labels = np.concatenate([b.labels for b in batches])
     groups = np.concatenate([groups_of(b, schema) for b in batches])
@@ -198,7 +201,7 @@ def test_groups_follow_the_request_of_each_sample(schema):
     np.testing.assert_array_equal(groups_of(batch, schema), expected)
 
 
-def test_fit_reports_every_stretch_and_the_rest(learner, schema, batch):
+def test_fit_reports_every_stretch_and_the_rest(learner, schema, batch, capsys):
     logged = []
     fit(
         learner, learner.init(0), Placed(iter([batch] * 5), learner.place), base_rates={"click": 0.5, "buy": 0.5},
@@ -206,3 +209,4 @@ def test_fit_reports_every_stretch_and_the_rest(learner, schema, batch):
         after_step=lambda *_: True,
     )  # fmt: skip
     assert logged == [(2, 12), (4, 12), (5, 6)]
+    assert capsys.readouterr().err.count("step 1: compiling for batches of 6 samples and event capacities") == 1
