@@ -9,9 +9,10 @@ Writing goes through orbax: in the background, into a temporary directory that g
 So an interrupted save leaves nothing under the name of a step, and a damaged step was damaged later.
 """
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,8 +78,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if not (isinstance(error, Exception) and processes.failed_exchange(error)):  # to close waits for the others
+            self.close()
 
     def steps(self) -> list[int]:
         """All steps on disk, ascending, damaged ones too. A save still under way is not among them."""
@@ -100,6 +102,8 @@ class Checkpoints:
           ValueError: a checkpoint of this or a later step exists; an entry is not JSON; a leaf is no array or has a
             dtype that JAX would not give back.
           CheckpointError: this save, or the one before it, could not be written.
+          jax.errors.JaxRuntimeError, ValueError: not the disk but a device failed, or another process ended in the
+            midst of it (`processes.failed_exchange`).
         """
         self.wait()
         if (latest := self.latest_step()) is not None and step <= latest:
@@ -120,23 +124,20 @@ class Checkpoints:
         args = {_STATE: _ARGS.StandardSave(arrays), _DESCRIPTION: _ARGS.JsonSave(description)}
         self._remove_unfinished()
         self._saving = step
-        try:
+        with self._written():
             # force: which steps to save is the caller's decision; orbax may silently skip one otherwise.
             self._manager.save(step, args=_ARGS.Composite(**args), force=True)
-        except Exception as error:
-            raise self._not_written(error) from error
 
     def wait(self) -> None:
         """Wait for a save under way.
 
         Raises:
           CheckpointError: it could not be written.
+          jax.errors.JaxRuntimeError, ValueError: as `save`.
         """
-        try:
+        with self._written():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-        except Exception as error:
-            raise self._not_written(error) from error
         self._saving = None
 
     def close(self) -> None:
@@ -186,13 +187,20 @@ class Checkpoints:
             for path in self.directory.glob(f"*{_UNFINISHED}*"):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _not_written(self, error: Exception) -> CheckpointError:
-        step, self._saving = self._saving, None
-        self._remove_unfinished()
-        return CheckpointError(
-            f"step {step} could not be saved in {self.directory}: {_reason(error)}. Earlier checkpoints are intact: "
-            f"{self.steps() or 'none'}. Make room or name another directory, then resume"
-        )
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """Tell what stops a save: the disk's errors as ours, a device's and those of other processes as they are."""
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, jax.errors.JaxRuntimeError) or processes.failed_exchange(error):
+                raise
+            step, self._saving = self._saving, None
+            self._remove_unfinished()
+            raise CheckpointError(
+                f"step {step} could not be saved in {self.directory}: {_reason(error)}. Earlier checkpoints are "
+                f"intact: {self.steps() or 'none'}. Make room or name another directory, then resume"
+            ) from error
 
 
 def describe(directory: str | Path, step: int | None = None) -> Description:

@@ -390,6 +390,25 @@ def test_a_save_that_fails_at_once_is_reported_alike(checkpoints, monkeypatch):
     assert checkpoints.restore(small_state(0)).step == 2
 
 
+@pytest.mark.parametrize("call", ["save", "wait_until_finished"])
+@pytest.mark.parametrize("kind", [jax.errors.JaxRuntimeError, ValueError])
+def test_another_process_that_dies_during_a_save_is_not_taken_for_a_full_disk(checkpoints, monkeypatch, call, kind):
+    checkpoints.save(1, small_state(1))
+    checkpoints.wait()
+
+    def nobody_there(*_, **__):
+        raise kind("UNAVAILABLE: Failed to send RPC to coordination service")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._manager, call, nobody_there)
+        patch.setattr("kunlun_jax.processes.failed_exchange", lambda error: isinstance(error, kind))
+        patch.setattr(checkpoints._manager, "close", lambda: pytest.fail("waits for processes that are gone"))
+        with pytest.raises(kind, match="UNAVAILABLE"), checkpoints:
+            checkpoints.save(2, small_state(2))
+    checkpoints.save(2, small_state(2))
+    assert checkpoints.restore(small_state(0)).step == 2
+
+
 def test_the_device_running_out_of_memory_is_not_taken_for_damage(checkpoints, monkeypatch):
     checkpoints.save(1, small_state(1))
     checkpoints.wait()
