@@ -1,5 +1,6 @@
 """Bytes that a training step needs on its device, known before anything is compiled or allocated."""
 
+import functools
 import math
 import os
 from dataclasses import dataclass
@@ -71,18 +72,19 @@ def step_memory(learner: Learner, batch_size: int, *, fraction: float = 1.0) -> 
 
 def _residuals(learner: Learner, state: TrainState, batch: Batch) -> tuple[list[Any], Any]:
     """Shapes of what the forward pass of a step keeps, and of the rows that it looks up."""
-
-    def keep(params, tables, batch):
-        rows, plans = look_up(learner.schema, tables, batch)
-
-        def loss_of(params, rows):
-            logits = nnx.merge(learner.graphdef, params)(embed(learner.schema, batch, rows, plans))
-            return log_loss(logits, batch)
-
-        return jax.vjp(loss_of, learner.flat.unravel(params), rows)[1], rows
-
-    kept, rows = jax.eval_shape(keep, state.params, state.tables, batch)
+    kept, rows = _keep.eval_shape(learner, state.params, state.tables, batch)
     return jax.tree.leaves(kept), rows
+
+
+@functools.partial(jax.jit, static_argnums=0)  # never run: jit knows the shapes of a batch that it has traced before
+def _keep(learner, params, tables, batch):
+    rows, plans = look_up(learner.schema, tables, batch)
+
+    def loss_of(params, rows):
+        logits = nnx.merge(learner.graphdef, params)(embed(learner.schema, batch, rows, plans))
+        return log_loss(logits, batch)
+
+    return jax.vjp(loss_of, learner.flat.unravel(params), rows)[1], rows
 
 
 def largest_batch(learner: Learner, memory: int, *, fraction: float = 1.0, multiple: int = 8) -> int:

@@ -74,6 +74,7 @@ def forward(config):
     return jax.jit(lambda params, batch: nnx.merge(graphdef, params)(batch), compiler_options=QUICK)
 
 
+@once_per_config
 def params_of(config):
     return nnx.state(build(config), nnx.Param)
 
@@ -141,12 +142,16 @@ def pullback(config):
     return jax.jit(run, compiler_options=QUICK)
 
 
+@once_per_config
+def tap_shapes(config):
+    graphdef, params = nnx.split(build(config))
+    return jax.eval_shape(lambda params, batch: taps(nnx.merge(graphdef, params), batch), params, random_inputs())
+
+
 def random_projections(config, names):
     """Random cotangents of the taps named, and zero ones of the others."""
-    graphdef, params = nnx.split(build(config))
-    shapes = jax.eval_shape(lambda params, batch: taps(nnx.merge(graphdef, params), batch), params, random_inputs())
     rng = np.random.default_rng(1)
-    weights = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in shapes.items()}
+    weights = {name: rng.normal(size=x.shape).astype(np.float32) for name, x in tap_shapes(config).items()}
     return {name: w if name in names else np.zeros_like(w) for name, w in weights.items()}
 
 
