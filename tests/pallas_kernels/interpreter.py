@@ -2,9 +2,11 @@
 
 JAX 0.11.2's Mosaic GPU interpreter lacks what attention kernels need: wgmma with its first operand in registers,
 predicates and additions of TMA copies, stores into an accumulator; and it takes addresses that TMA doesn't. `install`
-adds all that to private JAX names; a new JAX version may need another patch or none.
+adds all that to private JAX names; a new JAX version may need another patch or none. Races, which JAX only prints, are
+errors from the import of this module on.
 
-What interpret mode can't show: wgmma runs synchronously there, and the two views of a row buffer are one.
+What interpret mode can't show: wgmma runs synchronously there, what it reads takes no part in the search for races, and
+the two views of a row buffer are one.
 """
 
 import functools
@@ -15,12 +17,28 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import numpy as np
 from jax._src import callback
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret, race_detection_state
 from jax._src.pallas.mosaic_gpu.interpret import shared_memory as memory
 from jax._src.state import types as state_types
 from jax.experimental.mosaic.gpu import utils as mosaic_utils
 
 RACES = plgpu.InterpretGPUParams(detect_races=True)
+
+
+class _Races(race_detection_state.GPURaceDetectionState):
+    """Raises what JAX only notes."""
+
+    @property
+    def races_found(self):
+        return False
+
+    @races_found.setter
+    def races_found(self, found):
+        if found:
+            raise RuntimeError("a race between threads of the kernel; it is printed above")
+
+
+gpu_callbacks.GPURaceDetectionState = _Races
 
 
 def lower_for_hopper(f, *shapes) -> str:
