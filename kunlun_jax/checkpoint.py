@@ -79,7 +79,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if not (isinstance(error, Exception) and processes.failed_exchange(error)):  # to close waits for the others
+        if not processes.failed_exchange(error):  # to close waits for the others
             self.close()
 
     def steps(self) -> list[int]:
@@ -192,7 +192,7 @@ class Checkpoints:
         """Tell what stops a save: the disk's errors as ours, a device's and those of other processes as they are."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # whatever its threads raise, orbax passes on
             if isinstance(error, jax.errors.JaxRuntimeError) or processes.failed_exchange(error):
                 raise
             step, self._saving = self._saving, None

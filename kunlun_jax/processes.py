@@ -220,14 +220,15 @@ def _give_up(config: ProcessConfig, reason: str) -> None:
         end(1)
 
 
-def failed_exchange(error: Exception) -> bool:
+def failed_exchange(error: BaseException | None) -> bool:
     """Is this what JAX raises where an exchange with another process breaks off?
 
     A ValueError, too, where the failure reaches Python with an array's values; such a message begins with a status.
+    So does that of a file that can't be written, which also gives the operating system's code.
     """
     if jax.process_count() == 1:
         return False
-    status = re.match(r"(ABORTED|INTERNAL|UNAVAILABLE|UNKNOWN): ", str(error))
+    status = re.match(r"(ABORTED|INTERNAL|UNAVAILABLE|UNKNOWN): (?!.*os_error_code)", str(error), re.DOTALL)
     return isinstance(error, jax.errors.JaxRuntimeError) or (isinstance(error, ValueError) and status is not None)
 
 

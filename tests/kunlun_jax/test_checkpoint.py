@@ -409,16 +409,22 @@ def test_another_process_that_dies_during_a_save_is_not_taken_for_a_full_disk(ch
     assert checkpoints.restore(small_state(0)).step == 2
 
 
-def test_the_device_running_out_of_memory_is_not_taken_for_damage(checkpoints, monkeypatch):
+def test_the_device_running_out_of_memory_is_not_taken_for_the_disk(checkpoints, monkeypatch):
     checkpoints.save(1, small_state(1))
     checkpoints.wait()
 
     def out_of_memory(*_, **__):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
 
-    monkeypatch.setattr(checkpoints._manager, "restore", out_of_memory)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
-        checkpoints.restore(small_state(0))
+    with monkeypatch.context() as patch:
+        for call in ("save", "restore"):
+            patch.setattr(checkpoints._manager, call, out_of_memory)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+            checkpoints.restore(small_state(0))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+            checkpoints.save(2, small_state(2))
+    checkpoints.save(2, small_state(2))
+    assert checkpoints.restore(small_state(0)).step == 2
 
 
 def test_the_description_is_readable_by_anybody(checkpoints):

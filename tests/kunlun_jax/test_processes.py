@@ -109,6 +109,8 @@ def test_a_process_that_is_gone_without_a_word_is_spoken_for():
         (jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed"), True),
         (ValueError("UNKNOWN: Gloo AllGather failed: connection closed by peer"), True),
         (ValueError("batch_size 5 doesn't divide over 2 devices"), False),
+        (ValueError("INTERNAL: Error writing \"w\" at local file:\nInput/output error [os_error_code='5']"), False),
+        (None, False),
     ],
 )
 def test_a_failed_exchange_is_told_from_other_errors(error, expected, monkeypatch):
