@@ -87,7 +87,7 @@ def _attention(static: Static, *operands):
 # Under jit of their own, so that equal layers of a model are lowered once: a kernel takes seconds.
 @functools.partial(jax.jit, static_argnums=0)
 def _forward(static: Static, seeds, arrays, starts, lengths):
-    k, v = arrays * 2 if len(arrays) == 1 else arrays
+    k, v = arrays[0], arrays[-1]
     S, H, D = seeds.shape
     work = SeedQueries(S, starts.size)
     out, statistics = attention_forward(
@@ -100,12 +100,13 @@ def _forward(static: Static, seeds, arrays, starts, lengths):
         **static._asdict(),
     )
     out, statistics = vary_together(out, statistics, k)[:2]
-    return out.reshape(starts.size, S, H, D), (seeds, k, v, starts, lengths, out, statistics)
+    return out.reshape(starts.size, S, H, D), (seeds, arrays, starts, lengths, out, statistics)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(static: Static, residuals, dout):
-    seeds, k, v, starts, lengths, out, statistics = residuals
+    seeds, arrays, starts, lengths, out, statistics = residuals
+    k, v = arrays[0], arrays[-1]
     S, H, _ = seeds.shape
     dout = dout.astype(seeds.dtype).reshape(out.shape)
     work, run = SeedQueries(S, starts.size), static._asdict()

@@ -133,12 +133,15 @@ def _forward(static: Static, arrays, starts, lengths, angles=None):
     work = WindowWithoutTables(q.shape[0], starts.shape[0], static.left, static.right, runs)
     out, statistics = attention_forward(work, Spans(starts, lengths), q, k, v, warpgroups=warpgroups, **run)
     out, statistics, _ = vary_together(out, statistics, q)
-    return out, (q, k, v, starts, lengths, angles, out, statistics)
+    # Each array once: eager code keeps as many as are returned, and an estimate of a step's memory counts them.
+    arrays = [x for i, x in enumerate((q, k, v)) if not any(x is y for y in (q, k, v)[:i])]
+    return out, (arrays, starts, lengths, angles, out, statistics)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _backward(static: Static, residuals, dout):
-    q, k, v, starts, lengths, angles, out, statistics = residuals
+    arrays, starts, lengths, angles, out, statistics = residuals
+    q, k, v = arrays[0], arrays[len(arrays) // 3], arrays[-1]  # two arrays: q and k are heads of one
     dout, work = dout.astype(q.dtype), Window(q.shape[0], starts.shape[0], static.left, static.right)
     heads = static.heads
     by_query, by_key = (_ranges(static, q.shape[0], starts, lengths, n) for n in (heads.q, heads.kv))

@@ -326,6 +326,28 @@ def test_seed_kernels_are_lowered(width, seeds, packed):
     assert interpreter.lower_for_hopper(f, q, k, k, span, span).count("mosaic_gpu_v2") >= 3
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_packed_operands_are_kept_once(turned):
+    """Three ranges of heads of one array are one array: the estimate of a step's memory counts what is kept."""
+    rows, heads, width = 3072, 2, 64
+    shapes = [((rows, heads, width), jnp.bfloat16), ((rows, 3 * heads, width), jnp.bfloat16)]
+    shapes += [((5,), jnp.int32), ((rows, width // 2), jnp.float32)]
+    seeds, packed, span, angles = (jax.ShapeDtypeStruct(*x) for x in shapes)
+    static = dict(max_length=3000, scale=0.1, sms=132)
+
+    def kept(attend, *operands):
+        leaves = jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(attend, *x)[1], *operands))
+        return sum(x.shape == operands[-1].shape for x in leaves)
+
+    def window(qkv):
+        turns = jnp.zeros(angles.shape) if turned else None
+        return window_mosaic.mosaic_gpu_packed(qkv, *spans, turns, left=100, right=100, **static)
+
+    spans = (jnp.zeros(span.shape, span.dtype),) * 2
+    assert kept(window, packed) == 1
+    assert kept(lambda q, kv: seed_mosaic.mosaic_gpu_packed(q, kv, *spans, **static), seeds, packed) == 1
+
+
 # --- the kernels, interpreted
 
 
