@@ -1,0 +1,142 @@
+"""What both kernels of the MLP share: tiles, the ring of weights, how the kernel runs."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import hopper
+
+ROWS = 64  # of one compute warpgroup's tile
+COMPUTE = 2  # warpgroups that compute; a third one issues the loads of weights
+COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
+HIDDEN = hopper.PANEL  # columns of the hidden layer in one chunk
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What shared memory holds: chunks of the weights, and tiles of rows per warpgroup."""
+
+    weight_slots: int
+    row_slots: int
+
+
+def choose_tiles(scratch: Callable[[Tiles], dict], chunks: int) -> Tiles | None:
+    """The first tiles that fit: all weights, better than rows ahead of their use, better than one chunk ahead of its."""
+    for weight_slots, row_slots in ((chunks, 2), (chunks, 1), (2, 2), (2, 1), (1, 2), (1, 1)):
+        tiles = Tiles(min(weight_slots, chunks), row_slots)
+        if hopper.shared_bytes(scratch(tiles)) <= hopper.SHARED_MEMORY:
+            return tiles
+    return None
+
+
+def weight_scratch(dtype, I: int, O: int, slots: int) -> dict:
+    """The ring of weights: each slot has the chunk's columns of the first weights and its rows of the second."""
+    buffer = functools.partial(plgpu.SMEM, dtype=dtype, transforms=hopper.WGMMA_TILES)
+    return dict(
+        w1_smem=buffer((slots, I, HIDDEN)),
+        w2_smem=buffer((slots, HIDDEN, O)),
+        w_full=plgpu.Barrier(num_arrivals=1, num_barriers=2 * slots),
+        w_empty=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=2 * slots),
+    )
+
+
+class Weights:
+    """The ring of weights inside a kernel. Step n uses chunk n % chunks, first the columns, then the rows.
+
+    Where all chunks have a slot they stay. Steps are then numbered within a tile.
+    """
+
+    def __init__(self, w1_gmem, w2_gmem, w1_smem, w2_smem, w_full, w_empty):
+        self._gmem, self._smem, self._full, self._empty = (w1_gmem, w2_gmem), (w1_smem, w2_smem), w_full, w_empty
+        self._slots, self.chunks = w1_smem.shape[0], w1_gmem.shape[1] // HIDDEN
+        self._stay = self._slots == self.chunks
+
+    def load_all(self, tiles):
+        """For the warpgroup that issues loads: all that `tiles` tiles need."""
+        steps = self.chunks if self._stay else tiles * self.chunks
+
+        def load(n, _):
+            for which in range(2):
+                if not self._stay:
+
+                    @pl.when(n >= self._slots)
+                    def _(which=which):
+                        plgpu.barrier_wait(self._barrier(self._empty, which, n))
+
+                hidden = pl.ds(lax.rem(n, jnp.int32(self.chunks)) * HIDDEN, HIDDEN)
+                where = (hidden,) if which else (slice(None), hidden)
+                plgpu.copy_gmem_to_smem(
+                    self._gmem[which].at[where],
+                    self._smem[which].at[self._slot(n)],
+                    self._barrier(self._full, which, n),
+                )
+
+        lax.fori_loop(0, steps, load, None)
+        if not self._stay:  # every completed phase must have been waited for when the kernel ends
+
+            def drain(n, _):
+                for which in range(2):
+                    plgpu.barrier_wait(self._barrier(self._empty, which, n))
+
+            lax.fori_loop(jnp.maximum(steps - self._slots, 0), steps, drain, None)
+
+    def start(self):
+        """For a compute warpgroup, before its first tile."""
+        if self._stay:
+            for i in range(2 * self._slots):
+                plgpu.barrier_wait(self._full.at[i])
+
+    def await_(self, which, n):
+        """The columns (0) or rows (1) of step n, when they are there."""
+        if not self._stay:
+            plgpu.barrier_wait(self._barrier(self._full, which, n))
+        return self._smem[which].at[self._slot(n)]
+
+    def release(self, which, n):
+        if not self._stay:
+            plgpu.barrier_arrive(self._barrier(self._empty, which, n))
+
+    def _slot(self, n):
+        return lax.rem(n, jnp.int32(self._slots))
+
+    def _barrier(self, barriers, which, n):
+        return barriers.at[2 * self._slot(n) + which]
+
+
+def persistent(body, *, name: str, out_type, scratch: dict, sms: int, interpret, operands, sum_bytes: int = 0) -> Any:
+    """Run `body` as one block per SM with two compute warpgroups and one for loads.
+
+    sum_bytes: shared memory for sums over rows.
+    """
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(sms,),
+        grid_names=("sm",),
+        num_threads=COMPUTE + 1,
+        thread_name="warpgroup",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=sum_bytes
+        ),
+        kernel_name=name,
+        interpret=interpret,
+    )(*operands)
+
+
+def tiles_of(rows: int, sms: int, sm):
+    """How many tiles of COMPUTE · ROWS rows an SM gets when they are dealt one by one."""
+    total = -(-rows // (COMPUTE * ROWS))
+    return lax.div(total - sm + (sms - 1), jnp.int32(sms))
+
+
+def columns(x, shape=(ROWS, HIDDEN)) -> jax.Array:
+    """One value per column, along the columns."""
+    return lax.broadcast_in_dim(x, shape, (1,))

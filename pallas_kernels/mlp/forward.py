@@ -1,0 +1,192 @@
+"""The MLP's forward pass: one block per SM, tiles of 128 rows, the hidden layer in chunks of 64 columns.
+
+A warpgroup has 64 rows. A chunk of their hidden layer is a product from shared memory; its activation is the operand,
+in registers, of the product that adds to the result, which runs beside the next chunk's first one.
+"""
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import hopper
+from pallas_kernels.mlp.common import (
+    COMPUTE,
+    COMPUTE_REGISTERS,
+    HIDDEN,
+    MEMORY_REGISTERS,
+    ROWS,
+    Tiles,
+    Weights,
+    choose_tiles,
+    columns,
+    persistent,
+    tiles_of,
+    weight_scratch,
+)
+
+WIDEST = 4  # panels of one wgmma
+
+
+def forward_tiles(dtype, I: int, H: int, O: int) -> Tiles | None:
+    return choose_tiles(functools.partial(forward_scratch, dtype, I, H, O), H // HIDDEN)
+
+
+def forward_scratch(dtype, I: int, H: int, O: int, tiles: Tiles) -> dict:
+    rows = (COMPUTE * tiles.row_slots, I // hopper.PANEL, ROWS, hopper.PANEL)
+    return dict(
+        x_smem=plgpu.SMEM(rows, dtype, transforms=hopper.WGMMA_TILES),
+        biases_smem=plgpu.SMEM(((H + O) // hopper.PANEL, hopper.PANEL), dtype),
+        x_full=plgpu.Barrier(num_arrivals=I // hopper.PANEL, num_barriers=COMPUTE * tiles.row_slots),
+        biases_full=plgpu.Barrier(num_arrivals=1),
+        **weight_scratch(dtype, I, O, tiles.weight_slots),
+    )
+
+
+def mlp_forward(x, w1, b1, w2, b2, *, tiles: Tiles, sms: int, interpret=None):
+    """silu(x w1 + b1) w2 + b2: [N, O]; b2 may be None."""
+    (N, I), (H, O) = x.shape, w2.shape
+    # SiLU from half of its argument; the halves of biases are exact.
+    biases = jnp.concatenate([b1 * jnp.asarray(0.5, b1.dtype), jnp.zeros(O, x.dtype) if b2 is None else b2])
+    return persistent(
+        functools.partial(_kernel, sms=sms, slots=tiles.row_slots, biased=b2 is not None),
+        name="mlp_forward",
+        out_type=jax.ShapeDtypeStruct((N, O), x.dtype),
+        scratch=forward_scratch(x.dtype, I, H, O, tiles),
+        sms=sms,
+        interpret=interpret,
+        operands=(x, w1, w2, biases.reshape(-1, hopper.PANEL)),
+    )
+
+
+def _kernel(
+    x_gmem,
+    w1_gmem,
+    w2_gmem,
+    biases_gmem,
+    y_gmem,
+    *,
+    x_smem,
+    biases_smem,
+    x_full,
+    biases_full,
+    w1_smem,
+    w2_smem,
+    w_full,
+    w_empty,
+    sms,
+    slots,
+    biased,
+):
+    (N, I), O, dtype = x_gmem.shape, w2_gmem.shape[1], x_gmem.dtype
+    panels, chunks = I // hopper.PANEL, w1_gmem.shape[1] // HIDDEN
+    sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
+    mine = tiles_of(N, sms, sm)
+    weights = Weights(w1_gmem, w2_gmem, w1_smem, w2_smem, w_full, w_empty)
+
+    def memory():
+        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+        plgpu.copy_gmem_to_smem(biases_gmem, biases_smem, biases_full)
+        weights.load_all(mine)
+
+    def rows(turn):
+        return pl.ds(((turn * sms + sm) * COMPUTE + warpgroup) * ROWS, ROWS)
+
+    def panel(p):
+        return pl.ds(hopper.PANEL * p, hopper.PANEL)
+
+    def place(turn):
+        return warpgroup * slots + lax.rem(turn, jnp.int32(slots))
+
+    def load_rows(turn):
+        @pl.when(turn < mine)
+        def _():
+            for p in range(panels):
+                source = x_gmem.at[rows(turn), panel(p)]
+                plgpu.copy_gmem_to_smem(source, x_smem.at[place(turn), p], x_full.at[place(turn)])
+
+    def bias(i):
+        return plgpu.load(biases_smem.at[i], layout=plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
+
+    def compute():
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        for turn in range(slots):
+            load_rows(jnp.int32(turn))
+        plgpu.barrier_wait(biases_full)
+        weights.start()
+        lax.fori_loop(0, mine, lambda turn, _: one_tile(turn), None)
+        plgpu.wait_smem_to_gmem(0)
+
+    def one_tile(turn):
+        first, x = turn * chunks, x_smem.at[place(turn)]
+        plgpu.barrier_wait(x_full.at[place(turn)])
+
+        def issue_hidden(acc, c):
+            w1 = weights.await_(0, first + c)
+            for p in range(panels):
+                plgpu.wgmma(acc, x.at[p], w1.at[panel(p)])
+
+        def issue_out(acc, hidden, c):
+            w2 = weights.await_(1, first + c)
+            for p in range(0, O, WIDEST * hopper.PANEL):
+                part = pl.ds(p, min(WIDEST * hopper.PANEL, O - p))
+                plgpu.wgmma(acc.at[:, part] if O > part.size else acc, hidden, w2.at[:, part])
+
+        def silu(z, c):
+            half = z * 0.5 + columns(bias(c))
+            return half * jnp.tanh(half) + half
+
+        def alone(acc):
+            issue_hidden(acc, 0)
+            return acc[...]
+
+        def accumulate(out_acc):
+            def step(c, hidden):
+                """One chunk's part of the result beside the next chunk of the hidden layer."""
+
+                def both(acc):
+                    issue_hidden(acc, c + 1)
+                    issue_out(out_acc, hidden, c)
+                    return plgpu.wgmma_accumulator_load(acc, wait_n=-(-O // (WIDEST * hopper.PANEL)))
+
+                z = pl.run_scoped(both, chunk_type)
+                weights.release(0, first + c + 1)
+                hidden_next = silu(z, c + 1)
+                plgpu.wgmma_wait(0)
+                weights.release(1, first + c)
+                # Narrow only now: what is narrow before the wait would be put into the registers of the running
+                # product's operand, and ptxas would serialise the products.
+                return hidden_next.astype(dtype)
+
+            last = chunks - 1
+            hidden = lax.fori_loop(0, last, step, hidden_first)
+            issue_out(out_acc, hidden, last)
+            out = out_acc[...]
+            weights.release(1, first + last)
+            return out
+
+        z = pl.run_scoped(alone, chunk_type)
+        weights.release(0, first)
+        hidden_first = silu(z, 0).astype(dtype)
+        out = pl.run_scoped(accumulate, plgpu.ACC((ROWS, O), jnp.float32))
+        store(turn, out)
+        load_rows(turn + slots)
+
+    chunk_type = plgpu.ACC((ROWS, HIDDEN), jnp.float32)
+
+    def store(turn, out):
+        """Through the place of the rows that the result is of."""
+        for p in range(O // hopper.PANEL):
+            if p >= panels:
+                plgpu.wait_smem_to_gmem(panels - 1, wait_read_only=True)
+            y = out[:, hopper.PANEL * p : hopper.PANEL * (p + 1)]
+            staging = x_smem.at[place(turn), p % panels]
+            staging[...] = (y + columns(bias(chunks + p)) if biased else y).astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(staging, y_gmem.at[rows(turn), panel(p)])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    lax.cond(warpgroup < COMPUTE, compute, memory)
