@@ -10,6 +10,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic import gpu as mosaic
 
 from pallas_kernels import hopper
 
@@ -17,6 +18,7 @@ ROWS = 64  # of one compute warpgroup's tile
 COMPUTE = 2  # warpgroups that compute; a third one issues the loads of weights
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
 HIDDEN = hopper.PANEL  # columns of the hidden layer in one chunk
+W1, W2 = 0, 1  # of a chunk: its columns of the first weights, its rows of the second
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,14 @@ def weight_scratch(dtype, I: int, O: int, slots: int) -> dict:
 
 
 class Weights:
-    """The ring of weights inside a kernel. Step n uses chunk n % chunks, first the columns, then the rows.
+    """The ring of weights inside a kernel: step n uses chunk n % chunks. Where all chunks have a slot, they stay.
 
-    Where all chunks have a slot they stay. Steps are then numbered within a tile.
+    order: in which a step is through with them.
     """
 
-    def __init__(self, w1_gmem, w2_gmem, w1_smem, w2_smem, w_full, w_empty):
+    def __init__(self, w1_gmem, w2_gmem, w1_smem, w2_smem, w_full, w_empty, *, order):
         self._gmem, self._smem, self._full, self._empty = (w1_gmem, w2_gmem), (w1_smem, w2_smem), w_full, w_empty
+        self._order = order
         self._slots, self.chunks = w1_smem.shape[0], w1_gmem.shape[1] // HIDDEN
         self._stay = self._slots == self.chunks
 
@@ -63,7 +66,7 @@ class Weights:
         steps = self.chunks if self._stay else tiles * self.chunks
 
         def load(n, _):
-            for which in range(2):
+            for which in self._order:
                 if not self._stay:
 
                     @pl.when(n >= self._slots)
@@ -71,10 +74,10 @@ class Weights:
                         plgpu.barrier_wait(self._barrier(self._empty, which, n))
 
                 hidden = pl.ds(lax.rem(n, jnp.int32(self.chunks)) * HIDDEN, HIDDEN)
-                where = (hidden,) if which else (slice(None), hidden)
+                where = (slice(None), hidden) if which == W1 else (hidden,)
                 plgpu.copy_gmem_to_smem(
                     self._gmem[which].at[where],
-                    self._smem[which].at[self._slot(n)],
+                    self._smem[which].at[self.slot(n)],
                     self._barrier(self._full, which, n),
                 )
 
@@ -82,7 +85,7 @@ class Weights:
         if not self._stay:  # every completed phase must have been waited for when the kernel ends
 
             def drain(n, _):
-                for which in range(2):
+                for which in self._order:
                     plgpu.barrier_wait(self._barrier(self._empty, which, n))
 
             lax.fori_loop(jnp.maximum(steps - self._slots, 0), steps, drain, None)
@@ -94,27 +97,24 @@ class Weights:
                 plgpu.barrier_wait(self._full.at[i])
 
     def await_(self, which, n):
-        """The columns (0) or rows (1) of step n, when they are there."""
+        """The part of the weights for step n, when it is there."""
         if not self._stay:
             plgpu.barrier_wait(self._barrier(self._full, which, n))
-        return self._smem[which].at[self._slot(n)]
+        return self._smem[which].at[self.slot(n)]
 
     def release(self, which, n):
         if not self._stay:
             plgpu.barrier_arrive(self._barrier(self._empty, which, n))
 
-    def _slot(self, n):
+    def slot(self, n):
         return lax.rem(n, jnp.int32(self._slots))
 
     def _barrier(self, barriers, which, n):
-        return barriers.at[2 * self._slot(n) + which]
+        return barriers.at[2 * self.slot(n) + which]
 
 
-def persistent(body, *, name: str, out_type, scratch: dict, sms: int, interpret, operands, sum_bytes: int = 0) -> Any:
-    """Run `body` as one block per SM with two compute warpgroups and one for loads.
-
-    sum_bytes: shared memory for sums over rows.
-    """
+def persistent(body, *, name: str, out_type, scratch: dict, sms: int, interpret, operands) -> Any:
+    """Run `body` as one block per SM with two compute warpgroups and one for loads."""
     return plgpu.kernel(
         body,
         out_type=out_type,
@@ -124,7 +124,7 @@ def persistent(body, *, name: str, out_type, scratch: dict, sms: int, interpret,
         thread_name="warpgroup",
         scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=sum_bytes
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
         kernel_name=name,
         interpret=interpret,
@@ -133,10 +133,36 @@ def persistent(body, *, name: str, out_type, scratch: dict, sms: int, interpret,
 
 def tiles_of(rows: int, sms: int, sm):
     """How many tiles of COMPUTE · ROWS rows an SM gets when they are dealt one by one."""
-    total = -(-rows // (COMPUTE * ROWS))
+    total = ceil_div(rows, COMPUTE * ROWS)
     return lax.div(total - sm + (sms - 1), jnp.int32(sms))
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def half(bias):
+    """SiLU is computed from half of its argument; halving is exact."""
+    return bias * jnp.asarray(0.5, bias.dtype)
 
 
 def columns(x, shape=(ROWS, HIDDEN)) -> jax.Array:
     """One value per column, along the columns."""
     return lax.broadcast_in_dim(x, shape, (1,))
+
+
+def first_row(x, interpret) -> jax.Array:
+    """The first row of a tile whose rows are all the same."""
+    if interpret:
+        return x[0]
+    layout = plgpu.Layout.WGMMA
+    out = plgpu.ShapeDtypeStruct(x.shape[1:], x.dtype, layout=layout.reduce(0))
+
+    def first(_, x):
+        layout = x.layout.reduce((0,))
+        # A thread has elements of two rows of every eight columns: [1, columns / 8, 1, 1, 2, 1, …].
+        registers = x.registers[:, :, :, :, 0].reshape(layout.registers_shape(x.shape[1:]))
+        return mosaic.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    inline: Any = plgpu.inline_mgpu(arg_types=(layout,), return_type=out)(first)
+    return inline(x)

@@ -19,10 +19,14 @@ from pallas_kernels.mlp.common import (
     HIDDEN,
     MEMORY_REGISTERS,
     ROWS,
+    W1,
+    W2,
     Tiles,
     Weights,
+    ceil_div,
     choose_tiles,
     columns,
+    half,
     persistent,
     tiles_of,
     weight_scratch,
@@ -49,8 +53,7 @@ def forward_scratch(dtype, I: int, H: int, O: int, tiles: Tiles) -> dict:
 def mlp_forward(x, w1, b1, w2, b2, *, tiles: Tiles, sms: int, interpret=None):
     """silu(x w1 + b1) w2 + b2: [N, O]; b2 may be None."""
     (N, I), (H, O) = x.shape, w2.shape
-    # SiLU from half of its argument; the halves of biases are exact.
-    biases = jnp.concatenate([b1 * jnp.asarray(0.5, b1.dtype), jnp.zeros(O, x.dtype) if b2 is None else b2])
+    biases = jnp.concatenate([half(b1), jnp.zeros(O, x.dtype) if b2 is None else b2])
     return persistent(
         functools.partial(_kernel, sms=sms, slots=tiles.row_slots, biased=b2 is not None),
         name="mlp_forward",
@@ -85,7 +88,7 @@ def _kernel(
     panels, chunks = I // hopper.PANEL, w1_gmem.shape[1] // HIDDEN
     sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
     mine = tiles_of(N, sms, sm)
-    weights = Weights(w1_gmem, w2_gmem, w1_smem, w2_smem, w_full, w_empty)
+    weights = Weights(w1_gmem, w2_gmem, w1_smem, w2_smem, w_full, w_empty, order=(W1, W2))
 
     def memory():
         plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
@@ -125,19 +128,19 @@ def _kernel(
         plgpu.barrier_wait(x_full.at[place(turn)])
 
         def issue_hidden(acc, c):
-            w1 = weights.await_(0, first + c)
+            w1 = weights.await_(W1, first + c)
             for p in range(panels):
                 plgpu.wgmma(acc, x.at[p], w1.at[panel(p)])
 
         def issue_out(acc, hidden, c):
-            w2 = weights.await_(1, first + c)
+            w2 = weights.await_(W2, first + c)
             for p in range(0, O, WIDEST * hopper.PANEL):
                 part = pl.ds(p, min(WIDEST * hopper.PANEL, O - p))
                 plgpu.wgmma(acc.at[:, part] if O > part.size else acc, hidden, w2.at[:, part])
 
         def silu(z, c):
-            half = z * 0.5 + columns(bias(c))
-            return half * jnp.tanh(half) + half
+            half_z = z * 0.5 + columns(bias(c))
+            return half_z * jnp.tanh(half_z) + half_z
 
         def alone(acc):
             issue_hidden(acc, 0)
@@ -150,13 +153,13 @@ def _kernel(
                 def both(acc):
                     issue_hidden(acc, c + 1)
                     issue_out(out_acc, hidden, c)
-                    return plgpu.wgmma_accumulator_load(acc, wait_n=-(-O // (WIDEST * hopper.PANEL)))
+                    return plgpu.wgmma_accumulator_load(acc, wait_n=ceil_div(O, WIDEST * hopper.PANEL))
 
                 z = pl.run_scoped(both, chunk_type)
-                weights.release(0, first + c + 1)
+                weights.release(W1, first + c + 1)
                 hidden_next = silu(z, c + 1)
                 plgpu.wgmma_wait(0)
-                weights.release(1, first + c)
+                weights.release(W2, first + c)
                 # Narrow only now: what is narrow before the wait would be put into the registers of the running
                 # product's operand, and ptxas would serialise the products.
                 return hidden_next.astype(dtype)
@@ -165,11 +168,11 @@ def _kernel(
             hidden = lax.fori_loop(0, last, step, hidden_first)
             issue_out(out_acc, hidden, last)
             out = out_acc[...]
-            weights.release(1, first + last)
+            weights.release(W2, first + last)
             return out
 
         z = pl.run_scoped(alone, chunk_type)
-        weights.release(0, first)
+        weights.release(W1, first)
         hidden_first = silu(z, 0).astype(dtype)
         out = pl.run_scoped(accumulate, plgpu.ACC((ROWS, O), jnp.float32))
         store(turn, out)

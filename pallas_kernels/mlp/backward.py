@@ -1,0 +1,206 @@
+"""The MLP's gradients in one pass over its rows, with the hidden layer computed again, chunk by chunk.
+
+Written are the gradient of x and what XLA's products for the weights need: the hidden layer and the gradient before its
+activation. The sums for the biases are of each warpgroup's 64 rows, for XLA to add up.
+
+Numerics: in float32; rounded are the hidden layer and the gradients, as operands of the products.
+"""
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import hopper
+from pallas_kernels.mlp.common import (
+    COMPUTE,
+    COMPUTE_REGISTERS,
+    HIDDEN,
+    MEMORY_REGISTERS,
+    ROWS,
+    W1,
+    W2,
+    Tiles,
+    Weights,
+    ceil_div,
+    choose_tiles,
+    columns,
+    first_row,
+    half,
+    persistent,
+    tiles_of,
+    weight_scratch,
+)
+
+
+def backward_tiles(dtype, I: int, H: int, O: int) -> Tiles | None:
+    return choose_tiles(functools.partial(backward_scratch, dtype, I, H, O), H // HIDDEN)
+
+
+def backward_scratch(dtype, I: int, H: int, O: int, tiles: Tiles) -> dict:
+    buffer = functools.partial(plgpu.SMEM, dtype=dtype, transforms=hopper.WGMMA_TILES)
+    places = COMPUTE * tiles.row_slots
+    return dict(
+        x_smem=buffer((places, ROWS, I)),
+        dy_smem=buffer((places, ROWS, O)),
+        out_smem=buffer((COMPUTE, 2, ROWS, hopper.PANEL)),
+        bias_smem=plgpu.SMEM((H // HIDDEN, HIDDEN), dtype),
+        rows_full=plgpu.Barrier(num_arrivals=2, num_barriers=places),
+        bias_full=plgpu.Barrier(num_arrivals=1),
+        **weight_scratch(dtype, I, O, tiles.weight_slots),
+    )
+
+
+def mlp_backward(x, w1, b1, w2, dy, *, tiles: Tiles, sms: int, with_db2: bool, interpret=None):
+    """(dx, hidden, d_hidden, d_bias): the gradients of x [N, I], the hidden layer [N, H], the gradient before its
+    activation [N, H] and the gradients in float32 of b1 and, if wanted, of b2, one behind the other."""
+    (N, I), (H, O) = x.shape, w2.shape
+    blocks = COMPUTE * ceil_div(N, COMPUTE * ROWS)
+    like = [jax.ShapeDtypeStruct((N, width), x.dtype) for width in (I, H, H)]
+    *gradients, sums = persistent(
+        functools.partial(_kernel, sms=sms, slots=tiles.row_slots, with_db2=with_db2, interpret=interpret),
+        name="mlp_backward",
+        out_type=[*like, jax.ShapeDtypeStruct((blocks, H + O * with_db2), jnp.float32)],
+        scratch=backward_scratch(x.dtype, I, H, O, tiles),
+        sms=sms,
+        interpret=interpret,
+        operands=(x, dy, w1, w2, half(b1).reshape(-1, HIDDEN)),
+    )
+    return *gradients, jnp.sum(sums, axis=0)
+
+
+def _kernel(
+    x_gmem,
+    dy_gmem,
+    w1_gmem,
+    w2_gmem,
+    bias_gmem,
+    dx_gmem,
+    hidden_gmem,
+    d_hidden_gmem,
+    sums_gmem,
+    *,
+    x_smem,
+    dy_smem,
+    out_smem,
+    bias_smem,
+    rows_full,
+    bias_full,
+    w1_smem,
+    w2_smem,
+    w_full,
+    w_empty,
+    sms,
+    slots,
+    with_db2,
+    interpret,
+):
+    (N, I), (H, O), dtype = x_gmem.shape, w2_gmem.shape, x_gmem.dtype
+    chunks = H // HIDDEN
+    sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
+    mine = tiles_of(N, sms, sm)
+    weights = Weights(w1_gmem, w2_gmem, w1_smem, w2_smem, w_full, w_empty, order=(W2, W1))
+
+    def memory():
+        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+        plgpu.copy_gmem_to_smem(bias_gmem, bias_smem, bias_full)
+        weights.load_all(mine)
+
+    def block(turn):
+        """Number of the 64 rows."""
+        return (turn * sms + sm) * COMPUTE + warpgroup
+
+    def rows(turn):
+        return pl.ds(block(turn) * ROWS, ROWS)
+
+    def panel(p):
+        return pl.ds(hopper.PANEL * p, hopper.PANEL)
+
+    def place(turn):
+        return warpgroup * slots + lax.rem(turn, jnp.int32(slots))
+
+    def load_rows(turn):
+        @pl.when(turn < mine)
+        def _():
+            for source, target in ((x_gmem, x_smem), (dy_gmem, dy_smem)):
+                plgpu.copy_gmem_to_smem(source.at[rows(turn)], target.at[place(turn)], rows_full.at[place(turn)])
+
+    def store(i, value, target):
+        """Through one of two buffers, in turn."""
+        out_smem[warpgroup, i] = value
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem.at[warpgroup, i], target)
+
+    def column_sums(tile):
+        """By a product with ones: sums over rows in registers cross the warps, and Mosaic has one place for all
+        warpgroups to do so. Waits for all products."""
+
+        def product(acc):
+            ones = plgpu.layout_cast(jnp.ones((ROWS, ROWS), dtype), plgpu.Layout.WGMMA)
+            plgpu.wgmma(acc, ones, tile)
+            return acc[...]
+
+        return first_row(pl.run_scoped(product, chunk_type), interpret)
+
+    def compute():
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        for turn in range(slots):
+            load_rows(jnp.int32(turn))
+        plgpu.barrier_wait(bias_full)
+        weights.start()
+        lax.fori_loop(0, mine, lambda turn, _: one_tile(turn), None)
+        plgpu.wait_smem_to_gmem(0)
+
+    def one_tile(turn):
+        first, x, dy = turn * chunks, x_smem.at[place(turn)], dy_smem.at[place(turn)]
+        plgpu.barrier_wait(rows_full.at[place(turn)])
+        if with_db2:
+            for p in range(O // hopper.PANEL):
+                sums_gmem[block(turn), pl.ds(H + hopper.PANEL * p, hopper.PANEL)] = column_sums(dy.at[:, panel(p)])
+
+        def products(c, z_acc, d_acc):
+            """Before the activation, less the bias, and the gradient behind it."""
+            plgpu.wgmma(d_acc, dy, weights.await_(W2, first + c).transpose((1, 0)))
+            plgpu.wgmma(z_acc, x, weights.await_(W1, first + c))
+            d = plgpu.wgmma_accumulator_load(d_acc, wait_n=1)
+            weights.release(W2, first + c)
+            return z_acc[...], d
+
+        def accumulate(dx_acc):
+            def step(c, _):
+                z, d = pl.run_scoped(functools.partial(products, c), chunk_type, chunk_type)
+
+                @pl.when(c == chunks - 1)
+                def _():
+                    load_rows(turn + slots)
+
+                half_z = z * 0.5 + columns(load_bias(c))
+                t = jnp.tanh(half_z)
+                hidden = (half_z * t + half_z).astype(dtype)
+                d_hidden = (d * (0.5 * ((t + 1) + half_z * (1 - t * t)))).astype(dtype)
+                w1 = w1_smem.at[weights.slot(first + c)]
+                plgpu.wgmma(dx_acc, d_hidden, w1.transpose((1, 0)))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                hidden_columns = pl.ds(c * HIDDEN, HIDDEN)
+                store(0, hidden, hidden_gmem.at[rows(turn), hidden_columns])
+                store(1, d_hidden, d_hidden_gmem.at[rows(turn), hidden_columns])
+                sums_gmem[block(turn), hidden_columns] = column_sums(out_smem.at[warpgroup, 1])
+                weights.release(W1, first + c)
+
+            lax.fori_loop(0, chunks, step, None)
+            return dx_acc[...]
+
+        dx = pl.run_scoped(accumulate, plgpu.ACC((ROWS, I), jnp.float32))
+        for p in range(I // hopper.PANEL):
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            store(p % 2, dx[:, hopper.PANEL * p : hopper.PANEL * (p + 1)].astype(dtype), dx_gmem.at[rows(turn), panel(p)])
+
+    chunk_type = plgpu.ACC((ROWS, HIDDEN), jnp.float32)
+
+    def load_bias(c):
+        return plgpu.load(bias_smem.at[c], layout=plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
+
+    lax.cond(warpgroup < COMPUTE, compute, memory)
