@@ -18,7 +18,6 @@ from pallas_kernels import hopper
 from pallas_kernels.mlp.common import (
     COMPUTE,
     COMPUTE_REGISTERS,
-    HIDDEN,
     MEMORY_REGISTERS,
     ROWS,
     W1,
@@ -32,44 +31,47 @@ from pallas_kernels.mlp.common import (
     half,
     persistent,
     tiles_of,
+    tiling,
     weight_scratch,
 )
 
 
-def backward_tiles(dtype, I: int, H: int, O: int) -> Tiles | None:
-    return choose_tiles(functools.partial(backward_scratch, dtype, I, H, O), H // HIDDEN)
+def backward_tiles(dtype, F: int, H: int, G: int) -> Tiles | None:
+    chunk = hopper.PANEL if F <= 192 else hopper.PANEL // 2  # else the gradient of x leaves too few registers
+    return choose_tiles(functools.partial(backward_scratch, dtype, F, H, G), H, chunk)
 
 
-def backward_scratch(dtype, I: int, H: int, O: int, tiles: Tiles) -> dict:
-    buffer = functools.partial(plgpu.SMEM, dtype=dtype, transforms=hopper.WGMMA_TILES)
+def backward_scratch(dtype, F: int, H: int, G: int, tiles: Tiles) -> dict:
+    buffer = functools.partial(plgpu.SMEM, dtype=dtype, transforms=tiling(tiles.chunk))
     places = COMPUTE * tiles.row_slots
     return dict(
-        x_smem=buffer((places, ROWS, I)),
-        dy_smem=buffer((places, ROWS, O)),
-        out_smem=buffer((COMPUTE, 2, ROWS, hopper.PANEL)),
-        bias_smem=plgpu.SMEM((H // HIDDEN, HIDDEN), dtype),
+        x_smem=buffer((places, ROWS, F)),
+        dy_smem=buffer((places, ROWS, G)),
+        out_smem=buffer((COMPUTE, 2, ROWS, tiles.chunk)),
+        bias_smem=plgpu.SMEM((H // tiles.chunk, tiles.chunk), dtype),
         rows_full=plgpu.Barrier(num_arrivals=2, num_barriers=places),
         bias_full=plgpu.Barrier(num_arrivals=1),
-        **weight_scratch(dtype, I, O, tiles.weight_slots),
+        **weight_scratch(dtype, F, G, tiles),
     )
 
 
-def mlp_backward(x, w1, b1, w2, dy, *, tiles: Tiles, sms: int, with_db2: bool, interpret=None):
-    """(dx, hidden, d_hidden, d_bias): the gradients of x [N, I], the hidden layer [N, H], the gradient before its
-    activation [N, H] and the gradients in float32 of b1 and, if wanted, of b2, one behind the other."""
-    (N, I), (H, O) = x.shape, w2.shape
+def mlp_backward(x, dy, w1, w2, b1, *, with_db2: bool, tiles: Tiles, sms: int, interpret=None):
+    """(dx, hidden, d_hidden, db1) and, if wanted, db2: the gradients of x [N, F], the hidden layer [N, H], the gradient
+    before its activation [N, H], and the gradients of the biases in float32. sms: blocks of the grid."""
+    (N, F), (H, G) = x.shape, w2.shape
     blocks = COMPUTE * ceil_div(N, COMPUTE * ROWS)
-    like = [jax.ShapeDtypeStruct((N, width), x.dtype) for width in (I, H, H)]
+    like = [jax.ShapeDtypeStruct((N, width), x.dtype) for width in (F, H, H)]
     *gradients, sums = persistent(
-        functools.partial(_kernel, sms=sms, slots=tiles.row_slots, with_db2=with_db2, interpret=interpret),
+        functools.partial(_kernel, sms=sms, tiles=tiles, with_db2=with_db2, interpret=interpret),
         name="mlp_backward",
-        out_type=[*like, jax.ShapeDtypeStruct((blocks, H + O * with_db2), jnp.float32)],
-        scratch=backward_scratch(x.dtype, I, H, O, tiles),
+        out_type=[*like, jax.ShapeDtypeStruct((blocks, H + G * with_db2), jnp.float32)],
+        scratch=backward_scratch(x.dtype, F, H, G, tiles),
         sms=sms,
         interpret=interpret,
-        operands=(x, dy, w1, w2, half(b1).reshape(-1, HIDDEN)),
+        operands=(x, dy, w1, w2, half(b1).reshape(-1, tiles.chunk)),
     )
-    return *gradients, jnp.sum(sums, axis=0)
+    db1, db2 = jnp.split(jnp.sum(sums, axis=0), [H])
+    return (*gradients, db1, db2) if with_db2 else (*gradients, db1)
 
 
 def _kernel(
@@ -94,12 +96,12 @@ def _kernel(
     w_full,
     w_empty,
     sms,
-    slots,
+    tiles,
     with_db2,
     interpret,
 ):
-    (N, I), (H, O), dtype = x_gmem.shape, w2_gmem.shape, x_gmem.dtype
-    chunks = H // HIDDEN
+    (N, F), (H, G), dtype = x_gmem.shape, w2_gmem.shape, x_gmem.dtype
+    chunk, slots, chunks = tiles.chunk, tiles.row_slots, H // tiles.chunk
     sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
     mine = tiles_of(N, sms, sm)
     weights = Weights(w1_gmem, w2_gmem, w1_smem, w2_smem, w_full, w_empty, order=(W2, W1))
@@ -117,7 +119,7 @@ def _kernel(
         return pl.ds(block(turn) * ROWS, ROWS)
 
     def panel(p):
-        return pl.ds(hopper.PANEL * p, hopper.PANEL)
+        return pl.ds(chunk * p, chunk)
 
     def place(turn):
         return warpgroup * slots + lax.rem(turn, jnp.int32(slots))
@@ -155,19 +157,26 @@ def _kernel(
         plgpu.wait_smem_to_gmem(0)
 
     def one_tile(turn):
-        first, x, dy = turn * chunks, x_smem.at[place(turn)], dy_smem.at[place(turn)]
+        first = turn * chunks
         plgpu.barrier_wait(rows_full.at[place(turn)])
         if with_db2:
-            for p in range(O // hopper.PANEL):
-                sums_gmem[block(turn), pl.ds(H + hopper.PANEL * p, hopper.PANEL)] = column_sums(dy.at[:, panel(p)])
+            for p in range(G // chunk):
+                sums_gmem[block(turn), pl.ds(H + chunk * p, chunk)] = column_sums(dy_smem.at[place(turn), :, panel(p)])
 
         def products(c, z_acc, d_acc):
             """Before the activation, less the bias, and the gradient behind it."""
-            plgpu.wgmma(d_acc, dy, weights.await_(W2, first + c).transpose((1, 0)))
-            plgpu.wgmma(z_acc, x, weights.await_(W1, first + c))
+            (at,) = hopper.hold(place(turn))
+            plgpu.wgmma(d_acc, dy_smem.at[at], weights.await_(W2, first + c).transpose((1, 0)))
+            plgpu.wgmma(z_acc, x_smem.at[at], weights.await_(W1, first + c))
             d = plgpu.wgmma_accumulator_load(d_acc, wait_n=1)
             weights.release(W2, first + c)
             return z_acc[...], d
+
+        def activate(z, half_bias, d):
+            half_z = z * 0.5 + half_bias
+            t = jnp.tanh(half_z)
+            slope = ((t + 1) + half_z * (1 - t * t)) * 0.5
+            return (half_z * t + half_z).astype(dtype), (d * slope).astype(dtype)
 
         def accumulate(dx_acc):
             def step(c, _):
@@ -177,14 +186,10 @@ def _kernel(
                 def _():
                     load_rows(turn + slots)
 
-                half_z = z * 0.5 + columns(load_bias(c))
-                t = jnp.tanh(half_z)
-                hidden = (half_z * t + half_z).astype(dtype)
-                d_hidden = (d * (0.5 * ((t + 1) + half_z * (1 - t * t)))).astype(dtype)
-                w1 = w1_smem.at[weights.slot(first + c)]
-                plgpu.wgmma(dx_acc, d_hidden, w1.transpose((1, 0)))
+                hidden, d_hidden = hopper.in_slices(activate)(z, columns(load_bias(c)), d)
+                plgpu.wgmma(dx_acc, d_hidden, weights.at(W1, first + c).transpose((1, 0)))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                hidden_columns = pl.ds(c * HIDDEN, HIDDEN)
+                hidden_columns = pl.ds(c * chunk, chunk)
                 store(0, hidden, hidden_gmem.at[rows(turn), hidden_columns])
                 store(1, d_hidden, d_hidden_gmem.at[rows(turn), hidden_columns])
                 sums_gmem[block(turn), hidden_columns] = column_sums(out_smem.at[warpgroup, 1])
@@ -193,12 +198,12 @@ def _kernel(
             lax.fori_loop(0, chunks, step, None)
             return dx_acc[...]
 
-        dx = pl.run_scoped(accumulate, plgpu.ACC((ROWS, I), jnp.float32))
-        for p in range(I // hopper.PANEL):
+        dx = pl.run_scoped(accumulate, plgpu.ACC((ROWS, F), jnp.float32))
+        for p in range(F // chunk):
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            store(p % 2, dx[:, hopper.PANEL * p : hopper.PANEL * (p + 1)].astype(dtype), dx_gmem.at[rows(turn), panel(p)])
+            store(p % 2, dx[:, chunk * p : chunk * (p + 1)].astype(dtype), dx_gmem.at[rows(turn), panel(p)])
 
-    chunk_type = plgpu.ACC((ROWS, HIDDEN), jnp.float32)
+    chunk_type = plgpu.ACC((ROWS, chunk), jnp.float32)
 
     def load_bias(c):
         return plgpu.load(bias_smem.at[c], layout=plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)

@@ -17,35 +17,42 @@ from pallas_kernels import hopper
 ROWS = 64  # of one compute warpgroup's tile
 COMPUTE = 2  # warpgroups that compute; a third one issues the loads of weights
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
-HIDDEN = hopper.PANEL  # columns of the hidden layer in one chunk
 W1, W2 = 0, 1  # of a chunk: its columns of the first weights, its rows of the second
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """What shared memory holds: chunks of the weights, and tiles of rows per warpgroup."""
+    """Columns of the hidden layer in one chunk, and what shared memory holds: chunks of the weights, and tiles of rows
+    per warpgroup."""
 
+    chunk: int
     weight_slots: int
     row_slots: int
 
 
-def choose_tiles(scratch: Callable[[Tiles], dict], chunks: int) -> Tiles | None:
-    """The first tiles that fit: all weights, better than rows ahead of their use, better than one chunk ahead of its."""
-    for weight_slots, row_slots in ((chunks, 2), (chunks, 1), (2, 2), (2, 1), (1, 2), (1, 1)):
-        tiles = Tiles(min(weight_slots, chunks), row_slots)
+def choose_tiles(scratch: Callable[[Tiles], dict], H: int, chunk: int) -> Tiles | None:
+    """The first tiles that fit: with all weights, else with rows loaded ahead of their use, else with weights."""
+    chunks = H // chunk
+    for weight_slots, row_slots in ((chunks, 2), (chunks, 1), (2, 2), (2, 1), (1, 1)):
+        tiles = Tiles(chunk, min(weight_slots, chunks), row_slots)
         if hopper.shared_bytes(scratch(tiles)) <= hopper.SHARED_MEMORY:
             return tiles
     return None
 
 
-def weight_scratch(dtype, I: int, O: int, slots: int) -> dict:
+def tiling(columns: int):
+    """Transforms of shared memory for wgmma and TMA, with swizzled rows of that many 16-bit elements: 32 or 64."""
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)
+
+
+def weight_scratch(dtype, F: int, G: int, tiles: Tiles) -> dict:
     """The ring of weights: each slot has the chunk's columns of the first weights and its rows of the second."""
-    buffer = functools.partial(plgpu.SMEM, dtype=dtype, transforms=hopper.WGMMA_TILES)
+    buffer = functools.partial(plgpu.SMEM, dtype=dtype, transforms=tiling(tiles.chunk))
     return dict(
-        w1_smem=buffer((slots, I, HIDDEN)),
-        w2_smem=buffer((slots, HIDDEN, O)),
-        w_full=plgpu.Barrier(num_arrivals=1, num_barriers=2 * slots),
-        w_empty=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=2 * slots),
+        w1_smem=buffer((tiles.weight_slots, F, tiles.chunk)),
+        w2_smem=buffer((tiles.weight_slots, tiles.chunk, G)),
+        w_full=plgpu.Barrier(num_arrivals=1, num_barriers=2 * tiles.weight_slots),
+        w_empty=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=2 * tiles.weight_slots),
     )
 
 
@@ -58,12 +65,13 @@ class Weights:
     def __init__(self, w1_gmem, w2_gmem, w1_smem, w2_smem, w_full, w_empty, *, order):
         self._gmem, self._smem, self._full, self._empty = (w1_gmem, w2_gmem), (w1_smem, w2_smem), w_full, w_empty
         self._order = order
-        self._slots, self.chunks = w1_smem.shape[0], w1_gmem.shape[1] // HIDDEN
-        self._stay = self._slots == self.chunks
+        (self._slots, _, self._chunk), H = w1_smem.shape, w1_gmem.shape[1]
+        self._chunks = H // self._chunk
+        self._stay = self._slots == self._chunks
 
     def load_all(self, tiles):
         """For the warpgroup that issues loads: all that `tiles` tiles need."""
-        steps = self.chunks if self._stay else tiles * self.chunks
+        steps = self._chunks if self._stay else tiles * self._chunks
 
         def load(n, _):
             for which in self._order:
@@ -73,11 +81,11 @@ class Weights:
                     def _(which=which):
                         plgpu.barrier_wait(self._barrier(self._empty, which, n))
 
-                hidden = pl.ds(lax.rem(n, jnp.int32(self.chunks)) * HIDDEN, HIDDEN)
+                hidden = pl.ds(lax.rem(n, jnp.int32(self._chunks)) * self._chunk, self._chunk)
                 where = (slice(None), hidden) if which == W1 else (hidden,)
                 plgpu.copy_gmem_to_smem(
                     self._gmem[which].at[where],
-                    self._smem[which].at[self.slot(n)],
+                    self._smem[which].at[self._slot(n)],
                     self._barrier(self._full, which, n),
                 )
 
@@ -100,17 +108,21 @@ class Weights:
         """The part of the weights for step n, when it is there."""
         if not self._stay:
             plgpu.barrier_wait(self._barrier(self._full, which, n))
-        return self._smem[which].at[self.slot(n)]
+        return self.at(which, n)
+
+    def at(self, which, n):
+        """The part of the weights for step n, awaited before."""
+        return self._smem[which].at[hopper.hold(self._slot(n))[0]]
 
     def release(self, which, n):
         if not self._stay:
             plgpu.barrier_arrive(self._barrier(self._empty, which, n))
 
-    def slot(self, n):
+    def _slot(self, n):
         return lax.rem(n, jnp.int32(self._slots))
 
     def _barrier(self, barriers, which, n):
-        return barriers.at[2 * self.slot(n) + which]
+        return barriers.at[2 * self._slot(n) + which]
 
 
 def persistent(body, *, name: str, out_type, scratch: dict, sms: int, interpret, operands) -> Any:
@@ -123,9 +135,7 @@ def persistent(body, *, name: str, out_type, scratch: dict, sms: int, interpret,
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
-        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         kernel_name=name,
         interpret=interpret,
     )(*operands)
@@ -146,9 +156,9 @@ def half(bias):
     return bias * jnp.asarray(0.5, bias.dtype)
 
 
-def columns(x, shape=(ROWS, HIDDEN)) -> jax.Array:
-    """One value per column, along the columns."""
-    return lax.broadcast_in_dim(x, shape, (1,))
+def columns(x) -> jax.Array:
+    """One value per column, along the columns of a tile."""
+    return lax.broadcast_in_dim(x, (ROWS, x.shape[0]), (1,))
 
 
 def first_row(x, interpret) -> jax.Array:

@@ -16,7 +16,6 @@ from pallas_kernels import hopper
 from pallas_kernels.mlp.common import (
     COMPUTE,
     COMPUTE_REGISTERS,
-    HIDDEN,
     MEMORY_REGISTERS,
     ROWS,
     W1,
@@ -35,30 +34,30 @@ from pallas_kernels.mlp.common import (
 WIDEST = 4  # panels of one wgmma
 
 
-def forward_tiles(dtype, I: int, H: int, O: int) -> Tiles | None:
-    return choose_tiles(functools.partial(forward_scratch, dtype, I, H, O), H // HIDDEN)
+def forward_tiles(dtype, F: int, H: int, G: int) -> Tiles | None:
+    return choose_tiles(functools.partial(forward_scratch, dtype, F, H, G), H, hopper.PANEL)
 
 
-def forward_scratch(dtype, I: int, H: int, O: int, tiles: Tiles) -> dict:
-    rows = (COMPUTE * tiles.row_slots, I // hopper.PANEL, ROWS, hopper.PANEL)
+def forward_scratch(dtype, F: int, H: int, G: int, tiles: Tiles) -> dict:
+    rows = (COMPUTE * tiles.row_slots, F // hopper.PANEL, ROWS, hopper.PANEL)
     return dict(
         x_smem=plgpu.SMEM(rows, dtype, transforms=hopper.WGMMA_TILES),
-        biases_smem=plgpu.SMEM(((H + O) // hopper.PANEL, hopper.PANEL), dtype),
-        x_full=plgpu.Barrier(num_arrivals=I // hopper.PANEL, num_barriers=COMPUTE * tiles.row_slots),
+        biases_smem=plgpu.SMEM(((H + G) // hopper.PANEL, hopper.PANEL), dtype),
+        x_full=plgpu.Barrier(num_arrivals=F // hopper.PANEL, num_barriers=COMPUTE * tiles.row_slots),
         biases_full=plgpu.Barrier(num_arrivals=1),
-        **weight_scratch(dtype, I, O, tiles.weight_slots),
+        **weight_scratch(dtype, F, G, tiles),
     )
 
 
-def mlp_forward(x, w1, b1, w2, b2, *, tiles: Tiles, sms: int, interpret=None):
-    """silu(x w1 + b1) w2 + b2: [N, O]; b2 may be None."""
-    (N, I), (H, O) = x.shape, w2.shape
-    biases = jnp.concatenate([half(b1), jnp.zeros(O, x.dtype) if b2 is None else b2])
+def mlp_forward(x, w1, w2, b1, b2=None, *, tiles: Tiles, sms: int, interpret=None):
+    """silu(x w1 + b1) w2 + b2: [N, G]. sms: blocks of the grid."""
+    (N, F), (H, G) = x.shape, w2.shape
+    biases = jnp.concatenate([half(b1), jnp.zeros(G, x.dtype) if b2 is None else b2])
     return persistent(
         functools.partial(_kernel, sms=sms, slots=tiles.row_slots, biased=b2 is not None),
         name="mlp_forward",
-        out_type=jax.ShapeDtypeStruct((N, O), x.dtype),
-        scratch=forward_scratch(x.dtype, I, H, O, tiles),
+        out_type=jax.ShapeDtypeStruct((N, G), x.dtype),
+        scratch=forward_scratch(x.dtype, F, H, G, tiles),
         sms=sms,
         interpret=interpret,
         operands=(x, w1, w2, biases.reshape(-1, hopper.PANEL)),
@@ -84,8 +83,8 @@ def _kernel(
     slots,
     biased,
 ):
-    (N, I), O, dtype = x_gmem.shape, w2_gmem.shape[1], x_gmem.dtype
-    panels, chunks = I // hopper.PANEL, w1_gmem.shape[1] // HIDDEN
+    (N, F), G, dtype = x_gmem.shape, w2_gmem.shape[1], x_gmem.dtype
+    panels, chunks = F // hopper.PANEL, w1_gmem.shape[1] // hopper.PANEL
     sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
     mine = tiles_of(N, sms, sm)
     weights = Weights(w1_gmem, w2_gmem, w1_smem, w2_smem, w_full, w_empty, order=(W1, W2))
@@ -134,9 +133,9 @@ def _kernel(
 
         def issue_out(acc, hidden, c):
             w2 = weights.await_(W2, first + c)
-            for p in range(0, O, WIDEST * hopper.PANEL):
-                part = pl.ds(p, min(WIDEST * hopper.PANEL, O - p))
-                plgpu.wgmma(acc.at[:, part] if O > part.size else acc, hidden, w2.at[:, part])
+            for p in range(0, G, WIDEST * hopper.PANEL):
+                part = pl.ds(p, min(WIDEST * hopper.PANEL, G - p))
+                plgpu.wgmma(acc.at[:, part] if G > part.size else acc, hidden, w2.at[:, part])
 
         def silu(z, c):
             half_z = z * 0.5 + columns(bias(c))
@@ -153,7 +152,7 @@ def _kernel(
                 def both(acc):
                     issue_hidden(acc, c + 1)
                     issue_out(out_acc, hidden, c)
-                    return plgpu.wgmma_accumulator_load(acc, wait_n=ceil_div(O, WIDEST * hopper.PANEL))
+                    return plgpu.wgmma_accumulator_load(acc, wait_n=ceil_div(G, WIDEST * hopper.PANEL))
 
                 z = pl.run_scoped(both, chunk_type)
                 weights.release(W1, first + c + 1)
@@ -174,15 +173,15 @@ def _kernel(
         z = pl.run_scoped(alone, chunk_type)
         weights.release(W1, first)
         hidden_first = silu(z, 0).astype(dtype)
-        out = pl.run_scoped(accumulate, plgpu.ACC((ROWS, O), jnp.float32))
+        out = pl.run_scoped(accumulate, plgpu.ACC((ROWS, G), jnp.float32))
         store(turn, out)
         load_rows(turn + slots)
 
-    chunk_type = plgpu.ACC((ROWS, HIDDEN), jnp.float32)
+    chunk_type = plgpu.ACC((ROWS, hopper.PANEL), jnp.float32)
 
     def store(turn, out):
         """Through the place of the rows that the result is of."""
-        for p in range(O // hopper.PANEL):
+        for p in range(G // hopper.PANEL):
             if p >= panels:
                 plgpu.wait_smem_to_gmem(panels - 1, wait_read_only=True)
             y = out[:, hopper.PANEL * p : hopper.PANEL * (p + 1)]
