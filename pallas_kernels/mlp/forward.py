@@ -156,7 +156,8 @@ def _kernel(
 
                 z = pl.run_scoped(both, chunk_type)
                 weights.release(W1, first + c + 1)
-                # The branch is wanted: it keeps ptxas from moving the activation behind the wait for the running product.
+                # The branch is wanted: it keeps ptxas from moving the activation behind the wait for the running
+                # product.
                 beyond = rows(turn).start >= N
                 hidden_next = lax.cond(beyond, lambda h: h * 0.0, lambda h: h, silu(z, c + 1))
                 plgpu.wgmma_wait(0)
