@@ -22,6 +22,7 @@ from pallas_kernels.mlp.common import (
     ROWS,
     W1,
     W2,
+    Deal,
     Tiles,
     Weights,
     ceil_div,
@@ -30,7 +31,6 @@ from pallas_kernels.mlp.common import (
     first_row,
     half,
     persistent,
-    tiles_of,
     tiling,
     weight_scratch,
 )
@@ -59,13 +59,17 @@ def mlp_backward(x, dy, w1, w2, b1, *, with_db2: bool, tiles: Tiles, sms: int, i
     """(dx, hidden, d_hidden, db1) and, if wanted, db2: the gradients of x [N, F], the hidden layer [N, H], the gradient
     before its activation [N, H], and the gradients of the biases in float32. sms: blocks of the grid."""
     (N, F), (H, G) = x.shape, w2.shape
-    blocks = COMPUTE * ceil_div(N, COMPUTE * ROWS)
+    warpgroups = tiles.blocks * COMPUTE
     like = [jax.ShapeDtypeStruct((N, width), x.dtype) for width in (F, H, H)]
     *gradients, sums = persistent(
         functools.partial(_kernel, sms=sms, tiles=tiles, with_db2=with_db2, interpret=interpret),
         name="mlp_backward",
-        out_type=[*like, jax.ShapeDtypeStruct((blocks, H + G * with_db2), jnp.float32)],
+        out_type=[
+            *like,
+            jax.ShapeDtypeStruct((warpgroups * ceil_div(N, warpgroups * ROWS), H + G * with_db2), jnp.float32),
+        ],
         scratch=backward_scratch(x.dtype, F, H, G, tiles),
+        blocks=tiles.blocks,
         sms=sms,
         interpret=interpret,
         operands=(x, dy, w1, w2, half(b1).reshape(-1, tiles.chunk)),
@@ -102,21 +106,13 @@ def _kernel(
 ):
     (N, F), (H, G), dtype = x_gmem.shape, w2_gmem.shape, x_gmem.dtype
     chunk, slots, chunks = tiles.chunk, tiles.row_slots, H // tiles.chunk
-    sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
-    mine = tiles_of(N, sms, sm)
-    weights = Weights(w1_gmem, w2_gmem, w1_smem, w2_smem, w_full, w_empty, order=(W2, W1))
+    warpgroup, mine = lax.axis_index("warpgroup"), Deal(N, tiles.blocks, sms)
+    weights = Weights(w1_gmem, w2_gmem, w1_smem, w2_smem, w_full, w_empty, order=(W2, W1), blocks=tiles.blocks)
 
     def memory():
         plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
         plgpu.copy_gmem_to_smem(bias_gmem, bias_smem, bias_full)
-        weights.load_all(mine)
-
-    def block(turn):
-        """Number of the 64 rows."""
-        return (turn * sms + sm) * COMPUTE + warpgroup
-
-    def rows(turn):
-        return pl.ds(block(turn) * ROWS, ROWS)
+        weights.load_all(mine.turns)
 
     def panel(p):
         return pl.ds(chunk * p, chunk)
@@ -125,10 +121,10 @@ def _kernel(
         return warpgroup * slots + lax.rem(turn, jnp.int32(slots))
 
     def load_rows(turn):
-        @pl.when(turn < mine)
+        @pl.when(turn < mine.turns)
         def _():
             for source, target in ((x_gmem, x_smem), (dy_gmem, dy_smem)):
-                plgpu.copy_gmem_to_smem(source.at[rows(turn)], target.at[place(turn)], rows_full.at[place(turn)])
+                plgpu.copy_gmem_to_smem(source.at[mine.rows(turn)], target.at[place(turn)], rows_full.at[place(turn)])
 
     def store(i, value, target):
         """Through one of two buffers, in turn."""
@@ -153,7 +149,7 @@ def _kernel(
             load_rows(jnp.int32(turn))
         plgpu.barrier_wait(bias_full)
         weights.start()
-        lax.fori_loop(0, mine, lambda turn, _: one_tile(turn), None)
+        lax.fori_loop(0, mine.turns, lambda turn, _: one_tile(turn), None)
         plgpu.wait_smem_to_gmem(0)
 
     def one_tile(turn):
@@ -161,7 +157,9 @@ def _kernel(
         plgpu.barrier_wait(rows_full.at[place(turn)])
         if with_db2:
             for p in range(G // chunk):
-                sums_gmem[block(turn), pl.ds(H + chunk * p, chunk)] = column_sums(dy_smem.at[place(turn), :, panel(p)])
+                sums_gmem[mine.number(turn), pl.ds(H + chunk * p, chunk)] = column_sums(
+                    dy_smem.at[place(turn), :, panel(p)]
+                )
 
         def products(c, z_acc, d_acc):
             """Before the activation, less the bias, and the gradient behind it."""
@@ -190,9 +188,9 @@ def _kernel(
                 plgpu.wgmma(dx_acc, d_hidden, weights.at(W1, first + c).transpose((1, 0)))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 hidden_columns = pl.ds(c * chunk, chunk)
-                store(0, hidden, hidden_gmem.at[rows(turn), hidden_columns])
-                store(1, d_hidden, d_hidden_gmem.at[rows(turn), hidden_columns])
-                sums_gmem[block(turn), hidden_columns] = column_sums(out_smem.at[warpgroup, 1])
+                store(0, hidden, hidden_gmem.at[mine.rows(turn), hidden_columns])
+                store(1, d_hidden, d_hidden_gmem.at[mine.rows(turn), hidden_columns])
+                sums_gmem[mine.number(turn), hidden_columns] = column_sums(out_smem.at[warpgroup, 1])
                 weights.release(W1, first + c)
 
             lax.fori_loop(0, chunks, step, None)
@@ -201,7 +199,7 @@ def _kernel(
         dx = pl.run_scoped(accumulate, plgpu.ACC((ROWS, F), jnp.float32))
         for p in range(F // chunk):
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            store(p % 2, dx[:, chunk * p : chunk * (p + 1)].astype(dtype), dx_gmem.at[rows(turn), panel(p)])
+            store(p % 2, dx[:, chunk * p : chunk * (p + 1)].astype(dtype), dx_gmem.at[mine.rows(turn), panel(p)])
 
     chunk_type = plgpu.ACC((ROWS, chunk), jnp.float32)
 

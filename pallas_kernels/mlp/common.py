@@ -16,25 +16,31 @@ from pallas_kernels import hopper
 
 ROWS = 64  # of one compute warpgroup's tile
 COMPUTE = 2  # warpgroups that compute; a third one issues the loads of weights
+CLUSTER, BLOCK = "cluster", "block"  # axes of the grid
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
 W1, W2 = 0, 1  # of a chunk: its columns of the first weights, its rows of the second
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Columns of the hidden layer in one chunk, and what shared memory holds: chunks of the weights, and tiles of rows
-    per warpgroup."""
+    """Tiles of a kernel.
+
+    chunk: columns of the hidden layer in one chunk.
+    weight_slots, row_slots: what shared memory holds: chunks of the weights, and tiles of rows per warpgroup.
+    blocks: of a cluster. Each loads its share of a chunk for all of them.
+    """
 
     chunk: int
     weight_slots: int
     row_slots: int
+    blocks: int
 
 
 def choose_tiles(scratch: Callable[[Tiles], dict], H: int, chunk: int) -> Tiles | None:
     """The first tiles that fit: with all weights, else with rows loaded ahead of their use, else with weights."""
     chunks = H // chunk
     for weight_slots, row_slots in ((chunks, 2), (chunks, 1), (2, 2), (2, 1), (1, 1)):
-        tiles = Tiles(chunk, min(weight_slots, chunks), row_slots)
+        tiles = Tiles(chunk, min(weight_slots, chunks), row_slots, blocks=1 if weight_slots >= chunks else 2)
         if hopper.shared_bytes(scratch(tiles)) <= hopper.SHARED_MEMORY:
             return tiles
     return None
@@ -48,11 +54,12 @@ def tiling(columns: int):
 def weight_scratch(dtype, F: int, G: int, tiles: Tiles) -> dict:
     """The ring of weights: each slot has the chunk's columns of the first weights and its rows of the second."""
     buffer = functools.partial(plgpu.SMEM, dtype=dtype, transforms=tiling(tiles.chunk))
+    shared = functools.partial(plgpu.ClusterBarrier, collective_axes=(BLOCK,)) if tiles.blocks > 1 else plgpu.Barrier
     return dict(
         w1_smem=buffer((tiles.weight_slots, F, tiles.chunk)),
         w2_smem=buffer((tiles.weight_slots, tiles.chunk, G)),
         w_full=plgpu.Barrier(num_arrivals=1, num_barriers=2 * tiles.weight_slots),
-        w_empty=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=2 * tiles.weight_slots),
+        w_empty=shared(num_arrivals=COMPUTE, num_barriers=2 * tiles.weight_slots),
     )
 
 
@@ -62,9 +69,9 @@ class Weights:
     order: in which a step is through with them.
     """
 
-    def __init__(self, w1_gmem, w2_gmem, w1_smem, w2_smem, w_full, w_empty, *, order):
+    def __init__(self, w1_gmem, w2_gmem, w1_smem, w2_smem, w_full, w_empty, *, order, blocks: int):
         self._gmem, self._smem, self._full, self._empty = (w1_gmem, w2_gmem), (w1_smem, w2_smem), w_full, w_empty
-        self._order = order
+        self._order, self._axis = order, BLOCK if blocks > 1 else None
         (self._slots, _, self._chunk), H = w1_smem.shape, w1_gmem.shape[1]
         self._chunks = H // self._chunk
         self._stay = self._slots == self._chunks
@@ -87,6 +94,7 @@ class Weights:
                     self._gmem[which].at[where],
                     self._smem[which].at[self._slot(n)],
                     self._barrier(self._full, which, n),
+                    collective_axes=self._axis,
                 )
 
         lax.fori_loop(0, steps, load, None)
@@ -125,13 +133,15 @@ class Weights:
         return barriers.at[2 * self._slot(n) + which]
 
 
-def persistent(body, *, name: str, out_type, scratch: dict, sms: int, interpret, operands) -> Any:
-    """Run `body` as one block per SM with two compute warpgroups and one for loads."""
+def persistent(body, *, name: str, out_type, scratch: dict, blocks: int, sms: int, interpret, operands) -> Any:
+    """Run `body` as one block per SM with two compute warpgroups and one for loads. blocks: of a cluster."""
     return plgpu.kernel(
         body,
         out_type=out_type,
-        grid=(sms,),
-        grid_names=("sm",),
+        grid=(sms // blocks,),
+        grid_names=(CLUSTER,),
+        cluster=(blocks,) if blocks > 1 else (),
+        cluster_names=(BLOCK,) if blocks > 1 else (),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         scratch_types=scratch,
@@ -141,10 +151,22 @@ def persistent(body, *, name: str, out_type, scratch: dict, sms: int, interpret,
     )(*operands)
 
 
-def tiles_of(rows: int, sms: int, sm):
-    """How many tiles of COMPUTE · ROWS rows an SM gets when they are dealt one by one."""
-    total = ceil_div(rows, COMPUTE * ROWS)
-    return lax.div(total - sm + (sms - 1), jnp.int32(sms))
+class Deal:
+    """Which rows a compute warpgroup gets: clusters are dealt tiles of as many rows as all their warpgroups hold."""
+
+    def __init__(self, rows: int, blocks: int, sms: int):
+        clusters, self._warpgroups = sms // blocks, blocks * COMPUTE
+        tiles = ceil_div(rows, self._warpgroups * ROWS)
+        self._first, self._step = lax.axis_index(CLUSTER), clusters
+        self._rank = (lax.axis_index(BLOCK) if blocks > 1 else 0) * COMPUTE + lax.axis_index("warpgroup")
+        self.turns = lax.div(tiles - self._first + (clusters - 1), jnp.int32(clusters))
+
+    def number(self, turn):
+        """Of the warpgroup's tile of ROWS rows."""
+        return (turn * self._step + self._first) * self._warpgroups + self._rank
+
+    def rows(self, turn):
+        return pl.ds(self.number(turn) * ROWS, ROWS)
 
 
 def ceil_div(a: int, b: int) -> int:

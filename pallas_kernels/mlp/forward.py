@@ -20,6 +20,7 @@ from pallas_kernels.mlp.common import (
     ROWS,
     W1,
     W2,
+    Deal,
     Tiles,
     Weights,
     ceil_div,
@@ -27,7 +28,6 @@ from pallas_kernels.mlp.common import (
     columns,
     half,
     persistent,
-    tiles_of,
     weight_scratch,
 )
 
@@ -54,10 +54,11 @@ def mlp_forward(x, w1, w2, b1, b2=None, *, tiles: Tiles, sms: int, interpret=Non
     (N, F), (H, G) = x.shape, w2.shape
     biases = jnp.concatenate([half(b1), jnp.zeros(G, x.dtype) if b2 is None else b2])
     return persistent(
-        functools.partial(_kernel, sms=sms, slots=tiles.row_slots, biased=b2 is not None),
+        functools.partial(_kernel, sms=sms, tiles=tiles, biased=b2 is not None),
         name="mlp_forward",
         out_type=jax.ShapeDtypeStruct((N, G), x.dtype),
         scratch=forward_scratch(x.dtype, F, H, G, tiles),
+        blocks=tiles.blocks,
         sms=sms,
         interpret=interpret,
         operands=(x, w1, w2, biases.reshape(-1, hopper.PANEL)),
@@ -80,22 +81,18 @@ def _kernel(
     w_full,
     w_empty,
     sms,
-    slots,
+    tiles,
     biased,
 ):
     (N, F), G, dtype = x_gmem.shape, w2_gmem.shape[1], x_gmem.dtype
-    panels, chunks = F // hopper.PANEL, w1_gmem.shape[1] // hopper.PANEL
-    sm, warpgroup = lax.axis_index("sm"), lax.axis_index("warpgroup")
-    mine = tiles_of(N, sms, sm)
-    weights = Weights(w1_gmem, w2_gmem, w1_smem, w2_smem, w_full, w_empty, order=(W1, W2))
+    slots, panels, chunks = tiles.row_slots, F // hopper.PANEL, w1_gmem.shape[1] // hopper.PANEL
+    warpgroup, mine = lax.axis_index("warpgroup"), Deal(N, tiles.blocks, sms)
+    weights = Weights(w1_gmem, w2_gmem, w1_smem, w2_smem, w_full, w_empty, order=(W1, W2), blocks=tiles.blocks)
 
     def memory():
         plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
         plgpu.copy_gmem_to_smem(biases_gmem, biases_smem, biases_full)
-        weights.load_all(mine)
-
-    def rows(turn):
-        return pl.ds(((turn * sms + sm) * COMPUTE + warpgroup) * ROWS, ROWS)
+        weights.load_all(mine.turns)
 
     def panel(p):
         return pl.ds(hopper.PANEL * p, hopper.PANEL)
@@ -104,10 +101,10 @@ def _kernel(
         return warpgroup * slots + lax.rem(turn, jnp.int32(slots))
 
     def load_rows(turn):
-        @pl.when(turn < mine)
+        @pl.when(turn < mine.turns)
         def _():
             for p in range(panels):
-                source = x_gmem.at[rows(turn), panel(p)]
+                source = x_gmem.at[mine.rows(turn), panel(p)]
                 plgpu.copy_gmem_to_smem(source, x_smem.at[place(turn), p], x_full.at[place(turn)])
 
     def bias(i):
@@ -119,7 +116,7 @@ def _kernel(
             load_rows(jnp.int32(turn))
         plgpu.barrier_wait(biases_full)
         weights.start()
-        lax.fori_loop(0, mine, lambda turn, _: one_tile(turn), None)
+        lax.fori_loop(0, mine.turns, lambda turn, _: one_tile(turn), None)
         plgpu.wait_smem_to_gmem(0)
 
     def one_tile(turn):
@@ -158,7 +155,7 @@ def _kernel(
                 weights.release(W1, first + c + 1)
                 # The branch is wanted: it keeps ptxas from moving the activation behind the wait for the running
                 # product.
-                beyond = rows(turn).start >= N
+                beyond = mine.rows(turn).start >= N
                 hidden_next = lax.cond(beyond, lambda h: h * 0.0, lambda h: h, silu(z, c + 1))
                 plgpu.wgmma_wait(0)
                 weights.release(W2, first + c)
@@ -191,7 +188,7 @@ def _kernel(
             staging = x_smem.at[place(turn), p % panels]
             staging[...] = (y + columns(bias(chunks + p)) if biased else y).astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(staging, y_gmem.at[rows(turn), panel(p)])
+            plgpu.copy_smem_to_gmem(staging, y_gmem.at[mine.rows(turn), panel(p)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     lax.cond(warpgroup < COMPUTE, compute, memory)
