@@ -60,14 +60,12 @@ def mlp_backward(x, dy, w1, w2, b1, *, with_db2: bool, tiles: Tiles, sms: int, i
     before its activation [N, H], and the gradients of the biases in float32. sms: blocks of the grid."""
     (N, F), (H, G) = x.shape, w2.shape
     warpgroups = tiles.blocks * COMPUTE
-    like = [jax.ShapeDtypeStruct((N, width), x.dtype) for width in (F, H, H)]
+    sums_shape = (warpgroups * ceil_div(N, warpgroups * ROWS), H + G * with_db2)
+    out_type = [jax.ShapeDtypeStruct((N, width), x.dtype) for width in (F, H, H)]
     *gradients, sums = persistent(
         functools.partial(_kernel, sms=sms, tiles=tiles, with_db2=with_db2, interpret=interpret),
         name="mlp_backward",
-        out_type=[
-            *like,
-            jax.ShapeDtypeStruct((warpgroups * ceil_div(N, warpgroups * ROWS), H + G * with_db2), jnp.float32),
-        ],
+        out_type=[*out_type, jax.ShapeDtypeStruct(sums_shape, jnp.float32)],
         scratch=backward_scratch(x.dtype, F, H, G, tiles),
         blocks=tiles.blocks,
         sms=sms,
@@ -126,11 +124,13 @@ def _kernel(
             for source, target in ((x_gmem, x_smem), (dy_gmem, dy_smem)):
                 plgpu.copy_gmem_to_smem(source.at[mine.rows(turn)], target.at[place(turn)], rows_full.at[place(turn)])
 
-    def store(i, value, target):
-        """Through one of two buffers, in turn."""
-        out_smem[warpgroup, i] = value
+    def store(values, targets, first=0):
+        """Through the warpgroup's two buffers, in turn, from `first` on."""
+        for i, value in enumerate(values):
+            out_smem[warpgroup, first + i] = value
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem.at[warpgroup, i], target)
+        for i, target in enumerate(targets):
+            plgpu.copy_smem_to_gmem(out_smem.at[warpgroup, first + i], target)
 
     def column_sums(tile):
         """By a product with ones: sums over rows in registers cross the warps, and Mosaic has one place for all
@@ -155,11 +155,9 @@ def _kernel(
     def one_tile(turn):
         first = turn * chunks
         plgpu.barrier_wait(rows_full.at[place(turn)])
-        if with_db2:
-            for p in range(G // chunk):
-                sums_gmem[mine.number(turn), pl.ds(H + chunk * p, chunk)] = column_sums(
-                    dy_smem.at[place(turn), :, panel(p)]
-                )
+        for p in range(G // chunk * with_db2):
+            dy = dy_smem.at[place(turn), :, panel(p)]
+            sums_gmem[mine.number(turn), pl.ds(H + chunk * p, chunk)] = column_sums(dy)
 
         def products(c, z_acc, d_acc):
             """Before the activation, less the bias, and the gradient behind it."""
@@ -179,6 +177,7 @@ def _kernel(
         def accumulate(dx_acc):
             def step(c, _):
                 z, d = pl.run_scoped(functools.partial(products, c), chunk_type, chunk_type)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                 @pl.when(c == chunks - 1)
                 def _():
@@ -186,11 +185,9 @@ def _kernel(
 
                 hidden, d_hidden = hopper.in_slices(activate)(z, columns(load_bias(c)), d)
                 plgpu.wgmma(dx_acc, d_hidden, weights.at(W1, first + c).transpose((1, 0)))
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                hidden_columns = pl.ds(c * chunk, chunk)
-                store(0, hidden, hidden_gmem.at[mine.rows(turn), hidden_columns])
-                store(1, d_hidden, d_hidden_gmem.at[mine.rows(turn), hidden_columns])
-                sums_gmem[mine.number(turn), hidden_columns] = column_sums(out_smem.at[warpgroup, 1])
+                where = mine.rows(turn), pl.ds(c * chunk, chunk)
+                store((hidden, d_hidden), (hidden_gmem.at[where], d_hidden_gmem.at[where]))
+                sums_gmem[mine.number(turn), where[1]] = column_sums(out_smem.at[warpgroup, 1])
                 weights.release(W1, first + c)
 
             lax.fori_loop(0, chunks, step, None)
@@ -199,7 +196,8 @@ def _kernel(
         dx = pl.run_scoped(accumulate, plgpu.ACC((ROWS, F), jnp.float32))
         for p in range(F // chunk):
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            store(p % 2, dx[:, chunk * p : chunk * (p + 1)].astype(dtype), dx_gmem.at[mine.rows(turn), panel(p)])
+            part = dx[:, chunk * p : chunk * (p + 1)].astype(dtype)
+            store((part,), (dx_gmem.at[mine.rows(turn), panel(p)],), first=p % 2)
 
     chunk_type = plgpu.ACC((ROWS, chunk), jnp.float32)
 

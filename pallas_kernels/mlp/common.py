@@ -37,7 +37,7 @@ class Tiles:
 
 
 def choose_tiles(scratch: Callable[[Tiles], dict], H: int, chunk: int) -> Tiles | None:
-    """The first tiles that fit: with all weights, else with rows loaded ahead of their use, else with weights."""
+    """The first tiles that fit shared memory: all weights at once is best, then rows ahead of their use."""
     chunks = H // chunk
     for weight_slots, row_slots in ((chunks, 2), (chunks, 1), (2, 2), (2, 1), (1, 1)):
         tiles = Tiles(chunk, min(weight_slots, chunks), row_slots, blocks=1 if weight_slots >= chunks else 2)
