@@ -511,7 +511,7 @@ def _dq(
             return plgpu.load(ref, layout=plgpu.Layout.WGMMA)
 
         def slices(x):
-            return [x[:, c : c + common.SLICE] for c in range(0, x.shape[1], common.SLICE)]
+            return [x[:, c : c + hopper.SLICE] for c in range(0, x.shape[1], hopper.SLICE)]
 
         def along(values, x):
             return lax.broadcast_in_dim(values, x.shape, [0])
