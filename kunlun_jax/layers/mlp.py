@@ -106,6 +106,7 @@ class MaskNet(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rest inputs"]) -> Float[Array, "*rest outputs"]:
         first, last = self.mask.layers
+        assert last.bias is not None
         mask = two_layers(x, first, last, bias=False)
         return self.compress(_masked(x, mask, *cast(self.dtype, last.bias)))
 

@@ -36,7 +36,7 @@ from pallas_kernels.mlp.common import (
 )
 
 
-def backward_tiles(dtype, F: int, H: int, G: int) -> Tiles | None:
+def backward_tiles(dtype, F: int, H: int, G: int) -> Tiles:
     chunk = hopper.PANEL if F <= 192 else hopper.PANEL // 2  # else the gradient of x leaves too few registers
     return choose_tiles(functools.partial(backward_scratch, dtype, F, H, G), H, chunk)
 

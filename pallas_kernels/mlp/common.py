@@ -36,14 +36,14 @@ class Tiles:
     blocks: int
 
 
-def choose_tiles(scratch: Callable[[Tiles], dict], H: int, chunk: int) -> Tiles | None:
+def choose_tiles(scratch: Callable[[Tiles], dict], H: int, chunk: int) -> Tiles:
     """The first tiles that fit shared memory: all weights at once is best, then rows ahead of their use."""
     chunks = H // chunk
     for weight_slots, row_slots in ((chunks, 2), (chunks, 1), (2, 2), (2, 1), (1, 1)):
         tiles = Tiles(chunk, min(weight_slots, chunks), row_slots, blocks=1 if weight_slots >= chunks else 2)
         if hopper.shared_bytes(scratch(tiles)) <= hopper.SHARED_MEMORY:
             return tiles
-    return None
+    raise ValueError(f"an MLP with {H} hidden columns takes more than {hopper.SHARED_MEMORY} bytes of shared memory")
 
 
 def tiling(columns: int):

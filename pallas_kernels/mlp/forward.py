@@ -34,7 +34,7 @@ from pallas_kernels.mlp.common import (
 WIDEST = 4  # panels of one wgmma
 
 
-def forward_tiles(dtype, F: int, H: int, G: int) -> Tiles | None:
+def forward_tiles(dtype, F: int, H: int, G: int) -> Tiles:
     return choose_tiles(functools.partial(forward_scratch, dtype, F, H, G), H, hopper.PANEL)
 
 

@@ -19,9 +19,9 @@ NAMES = ("y", "x", "w1", "b1", "w2", "b2")
 SHAPES = [(192, 320, 192), (192, 320, 320), (192, 128, 192), (192, 128, 128), (256, 320, 320), (256, 128, 128)]
 
 
-def operands(N, F, H, G, dtype, biased=True, seed=0):
+def operands(N, widths, dtype, biased=True):
     """Arguments of the MLP, and a cotangent."""
-    rng = np.random.default_rng(seed)
+    (F, H, G), rng = widths, np.random.default_rng(0)
     shapes = dict(x=(N, F), w1=(F, H), b1=(H,), w2=(H, G), b2=(G,), dy=(N, G))
     arrays = {name: rng.standard_normal(shape) for name, shape in shapes.items() if biased or name != "b2"}
     arrays["w1"] /= F**0.5
@@ -60,7 +60,7 @@ def check(got, arrays, dtype):
     ],
 )
 def test_interpreted_kernels(N, widths, dtype, biased):
-    arrays = operands(N, *widths, dtype, biased)
+    arrays = operands(N, widths, dtype, biased)
     kernel = functools.partial(api.mlp_kernel, sms=2, interpret=interpreter.RACES)
     check(value_and_gradients(kernel, *arrays), arrays, dtype)
 
@@ -72,15 +72,15 @@ def test_interpreted_kernels_that_stream_weights(kilobytes, forward, backward, m
     monkeypatch.setattr(hopper, "SHARED_MEMORY", kilobytes * 1024)
     widths = (128, 320, 64)
     tiles = [f(jnp.bfloat16, *widths) for f in (forward_tiles, backward_tiles)]
-    assert [(t.chunk, t.weight_slots, t.row_slots) for t in tiles if t] == [forward, backward]
+    assert [(t.chunk, t.weight_slots, t.row_slots) for t in tiles] == [forward, backward]
     jax.clear_caches()
-    arrays = operands(392, *widths, jnp.bfloat16)
+    arrays = operands(392, widths, jnp.bfloat16)
     kernel = functools.partial(api.mlp_kernel, sms=2, interpret=interpreter.RACES)
     check(value_and_gradients(kernel, *arrays), arrays, jnp.bfloat16)
 
 
 def test_the_xla_path_is_the_formula():
-    arrays = operands(40, 24, 16, 8, jnp.float32)
+    arrays = operands(40, (24, 16, 8), jnp.float32)
     got = value_and_gradients(silu_mlp, *arrays)
 
     def formula(x, w1, b1, w2, b2):
@@ -89,6 +89,12 @@ def test_the_xla_path_is_the_formula():
 
     for name, a, b in zip(NAMES, got, value_and_gradients(formula, *arrays), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
+
+
+def test_memory_that_holds_no_tiles_is_refused(monkeypatch):
+    monkeypatch.setattr(hopper, "SHARED_MEMORY", 64 * 1024)
+    with pytest.raises(ValueError, match="320 hidden columns takes more than 65536 bytes"):
+        forward_tiles(jnp.bfloat16, 192, 320, 192)
 
 
 # --- for sm_90
@@ -100,14 +106,15 @@ def on_hopper(monkeypatch):
     monkeypatch.setattr(hopper, "sm_count", lambda: 132)
 
 
-def shapes(N, F, H, G, dtype=jnp.bfloat16, biases=2):
+def shapes(N, widths, dtype=jnp.bfloat16, biases=2):
+    F, H, G = widths
     arrays = ((N, F), (F, H), (H,), (H, G), (G,))[: 3 + biases]
     return [jax.ShapeDtypeStruct(shape, dtype) for shape in arrays]
 
 
 @pytest.mark.parametrize("widths", SHAPES)
 def test_every_shape_is_lowered(widths, on_hopper):
-    arrays = shapes(2_304_000, *widths)
+    arrays = shapes(2_304_000, widths)
     dy = jax.ShapeDtypeStruct((2_304_000, widths[2]), jnp.bfloat16)
     text = interpreter.lower_for_hopper(lambda *x: value_and_gradients(silu_mlp, *x), *arrays, dy)
     assert "mlp_forward" in text
@@ -124,14 +131,14 @@ def test_both_directions_are_lowered_under_shard_map(on_hopper):
         in_specs=(split, *whole, split),
         out_specs=(split, split, *whole),
     )
-    arrays = shapes(65_536, 192, 320, 192)
+    arrays = shapes(65_536, SHAPES[0])
     text = interpreter.lower_for_hopper(f, *arrays, arrays[0])
     for part in ("mlp_forward", "mlp_backward", "all_reduce"):
         assert part in text
 
 
 def test_leading_axes_are_lowered(on_hopper):
-    x, *others = shapes(32_768, 192, 128, 128, jnp.float16, biases=1)
+    x, *others = shapes(32_768, SHAPES[3], jnp.float16, biases=1)
     x = jax.ShapeDtypeStruct((64, 512, 192), x.dtype)
     assert "mlp_forward" in interpreter.lower_for_hopper(silu_mlp, x, *others)
 
@@ -148,7 +155,7 @@ def test_leading_axes_are_lowered(on_hopper):
     ],
 )
 def test_calls_that_stay_with_xla(N, widths, dtype, reason, on_hopper, monkeypatch):
-    arrays = shapes(N, *widths, dtype)
+    arrays = shapes(N, widths, dtype)
     with pytest.raises(ValueError, match=f"silu_mlp: {reason}"):
         jax.eval_shape(api.mlp_kernel, *arrays)
     monkeypatch.setattr(api, "mlp_kernel", None)
@@ -156,13 +163,13 @@ def test_calls_that_stay_with_xla(N, widths, dtype, reason, on_hopper, monkeypat
 
 
 def test_weights_of_another_dtype_are_refused():
-    x, *others = shapes(1024, 64, 64, 64)
+    x, *others = shapes(1024, (64, 64, 64))
     with pytest.raises(ValueError, match="x is float16, weights and biases are bfloat16, bfloat16"):
         jax.eval_shape(api.mlp_kernel, jax.ShapeDtypeStruct(x.shape, jnp.float16), *others)
 
 
 def test_few_rows_and_other_devices_stay_with_xla(monkeypatch):
     monkeypatch.setattr(api, "mlp_kernel", None)
-    jax.eval_shape(silu_mlp, *shapes(2_304_000, *SHAPES[0]))
+    jax.eval_shape(silu_mlp, *shapes(2_304_000, SHAPES[0]))
     monkeypatch.setattr(hopper, "unsupported_device", lambda: None)
-    jax.eval_shape(silu_mlp, *shapes(8192, *SHAPES[0]))
+    jax.eval_shape(silu_mlp, *shapes(8192, SHAPES[0]))

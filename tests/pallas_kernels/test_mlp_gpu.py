@@ -34,7 +34,7 @@ def compiled(f):
     ],
 )
 def test_values_and_gradients(N, widths, dtype, biased):
-    arrays = operands(N, *widths, dtype, biased)
+    arrays = operands(N, widths, dtype, biased)
     got, again = (compiled(api.mlp_kernel)(*arrays) for _ in range(2))
     narrow = compiled(api.mlp_in_xla)(*arrays)
     with jax.default_matmul_precision("highest"):
@@ -48,7 +48,7 @@ def test_values_and_gradients(N, widths, dtype, biased):
 
 def test_rows_beyond_the_end_are_not_touched():
     """Rows that a tile has too many count as zeros."""
-    x, *others, dy = operands(1_000, 192, 128, 192, jnp.bfloat16)
+    x, *others, dy = operands(1_000, (192, 128, 192), jnp.bfloat16)
     whole = compiled(api.mlp_kernel)(jnp.pad(x, ((0, 24), (0, 0))), *others, jnp.pad(dy, ((0, 24), (0, 0))))
     part = compiled(api.mlp_kernel)(x, *others, dy)
     for name, a, b in zip(NAMES, whole, part, strict=True):
@@ -60,6 +60,7 @@ def test_rows_beyond_the_end_are_not_touched():
 
 
 def test_the_forward_pass_needs_no_memory_for_the_hidden_layer():
-    *arguments, _ = operands(100_104, 192, 320, 192, jnp.bfloat16)
+    *arguments, _ = operands(100_104, (192, 320, 192), jnp.bfloat16)
     memory = jax.jit(api.mlp_kernel).lower(*arguments).compile().memory_analysis()
+    assert memory is not None
     assert memory.temp_size_in_bytes <= 0.01 * (memory.argument_size_in_bytes + memory.output_size_in_bytes)
