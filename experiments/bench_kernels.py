@@ -15,6 +15,7 @@ from bench_attention import WINDOW_SHAPES, Pullback, seed_cases, window_cases
 from kernel_timing import Case, plot_roofline, time_all
 from torch_rivals import flex_rows, gdpa_rows
 
+from pallas_kernels.mlp.api import mlp_in_xla, mlp_kernel
 from pallas_kernels.rows import along, mean, normalise, normalise_back, row_kernel, row_pass_in_xla
 
 RESULTS = pathlib.Path("experiments/results")
@@ -183,6 +184,49 @@ def seed_pooling(config: Bench) -> None:
     plot_roofline(rows, path.with_suffix(".png"), f"Seed attention on one {jax.devices()[0].device_kind}, bfloat16")
 
 
+def mlp(config: Bench) -> None:
+    """MLPs of two layers over many rows: bench_mlp.json and .png."""
+    about = dict(dtype="bfloat16", backward="from what the forward saves for it")
+    path = config.out / "bench_mlp.json"
+    rows = time_all(mlp_cases(), path, only=config.only, rounds=config.rounds, about=about)
+    plot_roofline(rows, path.with_suffix(".png"), f"MLP on one {jax.devices()[0].device_kind}, bfloat16")
+
+
+def mlp_cases() -> list[Case]:
+    """Rows, inputs, hidden width and outputs as in the 6 GFLOPs preset."""
+    cases = []
+    for N, F, H, G in (
+        (2_304_000, 192, 320, 192),
+        (2_304_000, 192, 320, 320),
+        (2_304_000, 192, 128, 192),
+        (589_824, 256, 320, 320),
+    ):
+        name, operands = f"{N} rows, {F}, {H}, {G}", functools.partial(_mlp_operands, N, F, H, G)
+        products, rows = 2.0 * N * H * (F + G), 2.0 * N * np.array([F + G, 2 * F + G])
+        for implementation, f in (("mosaic_gpu", mlp_kernel), ("xla", mlp_in_xla)):
+            call = functools.partial(_mlp, f)
+            alone = Pullback(call, operands)
+            cases += [
+                Case(name, implementation, "forward", lambda *x, f=call: f(*x[:3]), operands, products, rows[0]),
+                Case(name, implementation, "backward", alone.run, alone.operands, 2 * products, rows[1]),
+            ]
+    return cases
+
+
+def _mlp_operands(N: int, F: int, H: int, G: int):
+    """Random (x, weights, biases, cotangent)."""
+    keys = iter(jax.random.split(jax.random.key(0), 6))
+
+    def normal(*shape):
+        return jax.random.normal(next(keys), shape, jnp.bfloat16)
+
+    return normal(N, F), (normal(F, H) / F**0.5, normal(H, G) / H**0.5), (normal(H), normal(G)), normal(N, G)
+
+
+def _mlp(f, x, weights, biases):
+    return f(x, weights[0], biases[0], weights[1], biases[1])
+
+
 def row_passes(config: Bench) -> None:
     """Passes over rows, the block's end and the gradient of a norm beside a residual: bench_row_passes.json."""
     about = dict(dtype="bfloat16", what="share_of_roof is that of the copy's bandwidth")
@@ -225,5 +269,5 @@ def _norm_gradient(x, d_residual, d):
 
 
 if __name__ == "__main__":
-    configured = {f.__name__: f for f in (gdpa, gdpa_block, sliding_window, seed_pooling, row_passes)}
+    configured = {f.__name__: f for f in (gdpa, gdpa_block, sliding_window, seed_pooling, mlp, row_passes)}
     tyro.extras.subcommand_cli_from_dict(configured, config=(tyro.conf.OmitArgPrefixes,))

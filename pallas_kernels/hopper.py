@@ -19,6 +19,7 @@ from jax.experimental.mosaic.gpu import utils as mosaic_utils
 
 PANEL = 64  # columns of 16-bit elements in one 128-byte swizzled row
 SHARED_MEMORY = 227 * 1024  # bytes one block may use on sm_90
+SLICE = 8  # columns that `in_slices` takes at a time
 
 # wgmma reads tiles of 8 rows. TMA with that tiling addresses wrongly from rows that are not multiples of 8
 # (github.com/jax-ml/jax/issues/34102). For a 64-column panel, tiles of one row are the same bytes and take any row.
@@ -189,3 +190,24 @@ def fence_across_blocks(interpret) -> None:
 
     inline: Any = plgpu.inline_mgpu()(fence)
     inline()
+
+
+def in_slices(f):
+    """f over a few columns at a time; f returns a tuple.
+
+    An operation on a whole tile keeps each intermediate of all its elements in registers.
+    """
+
+    def sliced(*tiles):
+        parts = [f(*(x[:, c : c + SLICE] for x in tiles)) for c in range(0, tiles[0].shape[1], SLICE)]
+        return tuple(lax.concatenate(list(x), 1) for x in zip(*parts, strict=True))
+
+    return sliced
+
+
+def hold(*indices):
+    """Scalars the compiler can't move out of the loop.
+
+    Else it computes the descriptors of all wgmma operands before the loop and spills them.
+    """
+    return lax.optimization_barrier(indices)

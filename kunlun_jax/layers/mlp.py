@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels import silu_mlp
+
 
 def linear(inputs: int, outputs: int, *, dtype: str, rngs: nnx.Rngs, bias: bool = True) -> nnx.Linear:
     """A linear map over the feature axis: float32 parameters, products in `dtype`.
@@ -63,6 +65,16 @@ def mix_tokens(weights: Float[Array, "*m o n"], x: Float[Array, "*m B n d"]) -> 
     return jnp.broadcast_to(weights[..., None, :, :], (*x.shape[:-2], *weights.shape[-2:])) @ x
 
 
+def two_layers(
+    x: Float[Array, "*rest inputs"], first: nnx.Linear, last: nnx.Linear, *, bias: bool = True
+) -> Float[Array, "*rest outputs"]:
+    """last(silu(first(x))), the last bias only if wanted; of many rows in kernels that don't write the hidden layer."""
+    assert first.bias is not None  # nnx.Linear can do without; `MLP` makes none of those
+    assert last.bias is not None
+    operands = cast(str(jnp.dtype(first.dtype)), first.kernel, first.bias, last.kernel, *[last.bias] * bias)
+    return silu_mlp(x.astype(operands[0].dtype), *operands)
+
+
 class MLP(nnx.Module):
     """Linear maps with SiLU between them; none after the last [choice]."""
 
@@ -71,9 +83,12 @@ class MLP(nnx.Module):
         self.layers = nnx.List([linear(a, b, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(widths)])
 
     def __call__(self, x: Float[Array, "*rest inputs"]) -> Float[Array, "*rest outputs"]:
-        for layer in self.layers[:-1]:
+        *others, last = self.layers
+        if not others:
+            return last(x)
+        for layer in others[:-1]:
             x = nnx.silu(layer(x))
-        return self.layers[-1](x)
+        return two_layers(x, others[-1], last)
 
 
 class MaskNet(nnx.Module):
@@ -91,8 +106,8 @@ class MaskNet(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rest inputs"]) -> Float[Array, "*rest outputs"]:
         first, last = self.mask.layers
-        assert last.bias is not None  # nnx.Linear can do without; `MLP` makes none of those
-        mask = nnx.silu(first(x)) @ cast(self.dtype, last.kernel)[0]
+        assert last.bias is not None
+        mask = two_layers(x, first, last, bias=False)
         return self.compress(_masked(x, mask, *cast(self.dtype, last.bias)))
 
 

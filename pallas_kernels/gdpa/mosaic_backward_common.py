@@ -12,7 +12,6 @@ from pallas_kernels.gdpa.activations import KernelActivation, kernel_activation
 TILE = 64  # rows of one wgmma: of queries or of keys
 COMPUTE = 2  # warpgroups that compute; a third issues the copies
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
-SLICE = 8  # columns that `in_slices` takes at a time
 
 COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0)
 
@@ -34,19 +33,6 @@ def posts(activations: dict[str, KernelActivation]) -> tuple[float, float]:
     return one.post, one.slope_post
 
 
-def in_slices(f):
-    """f over a few columns at a time; f returns a tuple.
-
-    An operation on a whole tile keeps each intermediate of all its elements in registers.
-    """
-
-    def sliced(*tiles):
-        parts = [f(*(x[:, c : c + SLICE] for x in tiles)) for c in range(0, tiles[0].shape[1], SLICE)]
-        return tuple(lax.concatenate(list(x), 1) for x in zip(*parts, strict=True))
-
-    return sliced
-
-
 def weights_and_slopes(activations, names, head, scores, dtype):
     """Weights, rounded to `dtype`, and float32 slopes of a tile of scores by the head's activation."""
 
@@ -55,21 +41,13 @@ def weights_and_slopes(activations, names, head, scores, dtype):
             weight, slope = activation.weight_and_slope(s)
             return weight.astype(dtype), slope
 
-        return in_slices(one)
+        return hopper.in_slices(one)
 
     distinct = list(dict.fromkeys(names))
     if len(distinct) == 1:
         return of(activations[distinct[0]])(scores)
     which = sum(jnp.where(head == h, distinct.index(name), 0) for h, name in enumerate(names))
     return lax.switch(which, [of(activations[n]) for n in distinct], scores)
-
-
-def hold(*indices):
-    """Scalars the compiler can't move out of the loop.
-
-    Else it computes the descriptors of all wgmma operands before the loop and spills them.
-    """
-    return lax.optimization_barrier(indices)
 
 
 def zero_tail(tiles, rows):

@@ -281,7 +281,7 @@ def _fused(
 
             def dq_tile(n):
                 """dq of tile n, if it is this warpgroup's turn."""
-                slot, w, first = common.hold(common.modulo(n, DS_SLOTS), warpgroup, zero)
+                slot, w, first = hopper.hold(common.modulo(n, DS_SLOTS), warpgroup, zero)
                 plgpu.barrier_wait(ds_full.at[slot])
 
                 @pl.when(common.modulo(n, COMPUTE) == w)
@@ -330,7 +330,7 @@ def _fused(
                 for p in range(panels):
                     stored = plgpu.load(dq_mma.at[w, p], layout=plgpu.Layout.WGMMA)
                     piece = dq[:, hopper.PANEL * p : hopper.PANEL * (p + 1)]
-                    staging.at[p][...] = common.in_slices(add)(piece, stored)[0]
+                    staging.at[p][...] = hopper.in_slices(add)(piece, stored)[0]
 
             def release_ds(n):
                 """The copy from the slot of tile n, staged by this warpgroup, is done."""
@@ -343,7 +343,7 @@ def _fused(
             def accumulate(dk_acc, dv_acc):
                 def step(n, _):
                     g, t = group_and_tile(n - passed, tiles)
-                    slot, ds_slot, w = common.hold(common.modulo(n, STAGES), common.modulo(n, DS_SLOTS), warpgroup)
+                    slot, ds_slot, w = hopper.hold(common.modulo(n, STAGES), common.modulo(n, DS_SLOTS), warpgroup)
                     plgpu.barrier_wait(q_full.at[slot])
                     zero_q_tail(slot, q_rows - t * TILE)
 
@@ -403,7 +403,7 @@ def _fused(
             for value, factor, slot in zip(gradients, (slope_post, post), slots, strict=True):
                 common.stage(value, factor, ds_mma.at[slot])
             plgpu.commit_smem()
-            kv_row, kv_rows, *_rest, kv_head, _next = read_item(*common.hold(turn))  # read again, to free registers
+            kv_row, kv_rows, *_rest, kv_head, _next = read_item(*hopper.hold(turn))  # read again, to free registers
             first = b * KEYS + warpgroup * TILE
             rows = jnp.clip(kv_rows - first, 0, TILE)
             for slot, target in zip(slots, (dk_gmem, dv_gmem), strict=True):

@@ -217,7 +217,7 @@ def _dkv(
             def active():
                 def accumulate(dk_acc, dv_acc):
                     def step(head, slot):
-                        slot, w, at = common.hold(slot, warpgroup, kv_slot)
+                        slot, w, at = hopper.hold(slot, warpgroup, kv_slot)
 
                         def score_gradients(s_acc, dp_acc):
                             for p in range(panels):
@@ -511,7 +511,7 @@ def _dq(
             return plgpu.load(ref, layout=plgpu.Layout.WGMMA)
 
         def slices(x):
-            return [x[:, c : c + common.SLICE] for c in range(0, x.shape[1], common.SLICE)]
+            return [x[:, c : c + hopper.SLICE] for c in range(0, x.shape[1], hopper.SLICE)]
 
         def along(values, x):
             return lax.broadcast_in_dim(values, x.shape, [0])
@@ -584,7 +584,7 @@ def _dq(
 
                     def accumulate(dq_acc):
                         def step(j, _):
-                            slot, w, at = common.hold(await_block(j), warpgroup, q_slot)
+                            slot, w, at = hopper.hold(await_block(j), warpgroup, q_slot)
 
                             def score_gradients(s_acc, dp_acc):
                                 for p in range(panels):
@@ -620,7 +620,7 @@ def _dq(
 
                     dq = pl.run_scoped(accumulate, plgpu.ACC((TILE, width), jnp.float32))
                     if behind_norm:
-                        w, at = common.hold(warpgroup, q_slot)
+                        w, at = hopper.hold(warpgroup, q_slot)
                         stage_behind_norm(dq, factor, w, at, common.modulo(q_count, 2), q_barrier)
                     else:
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -10,7 +10,7 @@ import pytest
 from test_gdpa_mosaic import batch
 
 from pallas_kernels import hopper
-from pallas_kernels.gdpa import block, mosaic_backward_common
+from pallas_kernels.gdpa import block
 from pallas_kernels.gdpa.mosaic_block import BlockTiles, block_forward, block_scratch, block_tiles
 from pallas_kernels.rows import row_kernel
 
@@ -84,7 +84,7 @@ def test_tiles_fit(width, heads, of_block, slots):
 @pytest.mark.parametrize("of_block", [2, 1])
 def test_gradients_of_the_interpreted_kernels(of_block, monkeypatch):
     """Behind the forward kernel with all heads in one block, and in two; the pass over the rows is XLA's and own."""
-    monkeypatch.setattr(mosaic_backward_common, "SLICE", 128)  # as in its own test
+    monkeypatch.setattr(hopper, "SLICE", 128)  # as in its own test
     take_tiles(monkeypatch, of_block)
     if of_block == 1:
         monkeypatch.setattr(block, "row_pass", functools.partial(row_kernel, interpret=interpreter.RACES))

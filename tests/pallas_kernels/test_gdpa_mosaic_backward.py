@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hopper
-from pallas_kernels.gdpa import mosaic_backward, mosaic_backward_common, mosaic_backward_fused, mosaic_backward_split
+from pallas_kernels.gdpa import mosaic_backward, mosaic_backward_fused, mosaic_backward_split
 from pallas_kernels.gdpa.activations import ACTIVATIONS
 from pallas_kernels.gdpa.mosaic_backward import finishes_norm, gdpa_backward, is_fused
 
@@ -24,7 +24,7 @@ LIMIT = {"bfloat16": 3.6e-3, "float16": 6e-4}
 @pytest.fixture
 def whole_tiles(monkeypatch):
     """Activations of whole tiles at once: slices save registers, which cost nothing here, and take long to trace."""
-    monkeypatch.setattr(mosaic_backward_common, "SLICE", 128)
+    monkeypatch.setattr(hopper, "SLICE", 128)
 
 
 def jagged(rng, lengths, gap):

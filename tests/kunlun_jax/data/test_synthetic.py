@@ -181,6 +181,7 @@ def test_the_config_cannot_be_changed():
 def test_conversions_and_noise_change_the_shape_and_no_probability():
     small = SyntheticConfig(train=400, validation=20, test=20, max_length=12)
     large = dataclasses.replace(small, conversions=5, set_noise=3, noise_rows=7, event_noise=2, event_numbers=2)
+    large = dataclasses.replace(large, item_width=3)
     plain, noisy = generate(small), generate(large)
     np.testing.assert_array_equal(plain.logits["train"], noisy.logits["train"])
     samples = noisy.samples["train"]
@@ -188,10 +189,17 @@ def test_conversions_and_noise_change_the_shape_and_no_probability():
     assert [(e.name, e.max_length) for e in schema.events] == [("clicked", 12), ("converted", 5), ("viewed", 12)]
     assert [f.name for f in schema.events[1].sparse] == ["category", "noise_0", "noise_1"]
     assert {len(e.dense) for e in schema.events} == {2}
+    assert {t.name: t.width for t in schema.tables if t.width != small.width} == {"item": 3}
     for i in range(3):
         ids = samples.sparse[f"noise_{i}"]
         assert ids.min() == 7 * i
         assert ids.max() == 7 * i + 6
+
+
+@pytest.mark.parametrize("width", [0, -1])
+def test_items_without_columns_are_refused(width):
+    with pytest.raises(ValueError, match=f"item_width is {width}"):
+        SyntheticConfig(item_width=width)
 
 
 @pytest.mark.parametrize("name", ["conversions", "set_noise", "event_noise", "event_numbers"])
