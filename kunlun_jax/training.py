@@ -79,8 +79,14 @@ def label_weights(batch: Batch) -> Float[Array, "B tasks"]:
 
 # For GPUs. Products would read float32 weights where they lie in the flat parameters; cuBLAS fails where that address
 # is not aligned. And XLA computes again what exceeds its limit of memory, 76 % of the device's: 5 of 277 ms in a step
-# of 180 GFLOPs. Here the limit is 80 % · 1.07 = 86 %, which is what `memory.USABLE` leaves of a pool of 95 %.
-COMPILER_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": False, "xla_gpu_memory_limit_slop_factor": 107}
+# of 180 GFLOPs. Here the limit is 80 % · 1.07 = 86 %, which is what `memory.USABLE` leaves of a pool of 95 %. Products
+# are cuBLAS's, tuned on the device: to tune Triton's and its fusions, too, took over 400 s on an H100.
+COMPILER_OPTIONS = {
+    "xla_gpu_enable_dynamic_slice_fusion": False,
+    "xla_gpu_memory_limit_slop_factor": 107,
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_experimental_enable_fusion_autotuner": False,
+}
 
 
 class Gradients(NamedTuple):

@@ -1,1 +1,0 @@
-bash sass.sh $* >/dev/null 2>&1; grep -n "STL\|LDL\|HGMMA\|BRA\|MUFU\|USETMAXREG\|DEPBAR\|SYNCS\|BAR.SYNC\|UTMA\|F2FP" /tmp/wtA_k.sass | sed 's/ *\/\*[0-9a-f]*\*\/ *//g; s/(\*.*//' | cut -c1-90 | awk '{k=$1; sub(/^[0-9]+:/,"",k); if (k ~ /^@/) k=$2; op=k; if (op==prev && (op ~ /MUFU|F2FP|STL|LDL/)) {n++} else { if (n) print "      ... x" n+1; n=0; print } prev=op}'
