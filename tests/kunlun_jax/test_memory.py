@@ -23,14 +23,14 @@ def learner():
 
 
 def test_estimate_is_near_what_the_program_takes(learner):
-    """Within a factor of two on the CPU, whose compiler fuses less than a GPU's."""
+    """Within a factor of 2.5 on the CPU, whose compiler fuses less than a GPU's."""
     step = learner.train_step.lower(learner.abstract_state(), abstract_batch(learner.schema, BATCH))
     analysis = step.compile().memory_analysis()
     estimate = step_memory(learner, BATCH)
     batch = estimate.batch // 2
     assert estimate.state + batch == pytest.approx(analysis.argument_size_in_bytes, rel=0.01)
     taken = analysis.temp_size_in_bytes
-    assert taken / 2 < estimate.gradients + estimate.residuals < 2 * taken
+    assert taken / 2.5 < estimate.gradients + estimate.residuals < 2.5 * taken
 
 
 def test_state_is_counted_to_the_byte(learner):
