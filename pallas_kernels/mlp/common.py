@@ -16,6 +16,7 @@ from pallas_kernels import hopper
 
 ROWS = 64  # of one compute warpgroup's tile
 COMPUTE = 2  # warpgroups that compute; a third one issues the loads of weights
+MASK_ROWS = 2 * COMPUTE * ROWS  # masks have a multiple of them: whole tiles of clusters of one or two blocks
 CLUSTER, BLOCK = "cluster", "block"  # axes of the grid
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
 W1, W2 = 0, 1  # of a chunk: its columns of the first weights, its rows of the second
