@@ -37,11 +37,13 @@ class Tiles:
     blocks: int
 
 
-def choose_tiles(scratch: Callable[[Tiles], dict], H: int, chunk: int) -> Tiles:
-    """The first tiles that fit shared memory: all weights at once is best, then rows ahead of their use."""
-    chunks = H // chunk
-    for weight_slots, row_slots in ((chunks, 2), (chunks, 1), (2, 2), (2, 1), (1, 1)):
-        tiles = Tiles(chunk, min(weight_slots, chunks), row_slots, blocks=1 if weight_slots >= chunks else 2)
+def choose_tiles(scratch: Callable[[Tiles], dict], H: int, *chunks: int) -> Tiles:
+    """The first tiles that fit shared memory: all weights at once is best, then rows ahead of their use. A later one of
+    `chunks` is worth it if it lets weights be loaded beside products."""
+    ahead = [(chunk, *slots) for chunk in chunks for slots in ((H // chunk, 2), (H // chunk, 1), (2, 2), (2, 1))]
+    for chunk, weight_slots, row_slots in [*ahead, *((chunk, 1, 1) for chunk in chunks)]:
+        number = H // chunk
+        tiles = Tiles(chunk, min(weight_slots, number), row_slots, blocks=1 if weight_slots >= number else 2)
         if hopper.shared_bytes(scratch(tiles)) <= hopper.SHARED_MEMORY:
             return tiles
     raise ValueError(f"an MLP with {H} hidden columns takes more than {hopper.SHARED_MEMORY} bytes of shared memory")

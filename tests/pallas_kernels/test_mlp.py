@@ -75,7 +75,8 @@ def test_interpreted_kernels(N, widths, dtype, masked):
 
 
 @pytest.mark.parametrize(
-    ("kilobytes", "forward", "backward"), [(132, (64, 2, 2), (64, 2, 1)), (110, (64, 2, 1), (64, 1, 1))]
+    ("kilobytes", "forward", "backward"),
+    [(132, (64, 2, 2), (64, 2, 1)), (110, (64, 2, 1), (32, 2, 1)), (80, (64, 1, 1), (32, 1, 1))],
 )
 def test_interpreted_kernels_that_stream_weights(kilobytes, forward, backward, monkeypatch):
     monkeypatch.setattr(hopper, "SHARED_MEMORY", kilobytes * 1024)
