@@ -76,7 +76,12 @@ def test_interpreted_kernels(N, widths, dtype, masked):
 
 @pytest.mark.parametrize(
     ("kilobytes", "forward", "backward"),
-    [(132, (64, 2, 2), (64, 2, 1)), (110, (64, 2, 1), (32, 2, 1)), (80, (64, 1, 1), (32, 1, 1))],
+    [
+        (132, (64, (2, 2), 2), (64, (2, 2), 1)),
+        (126, (64, (2, 2), 2), (64, (2, 1), 1)),
+        (110, (64, (2, 2), 1), (32, (2, 2), 1)),
+        (79, (64, (2, 1), 1), (32, (1, 1), 1)),
+    ],
 )
 def test_interpreted_kernels_that_stream_weights(kilobytes, forward, backward, monkeypatch):
     monkeypatch.setattr(hopper, "SHARED_MEMORY", kilobytes * 1024)
