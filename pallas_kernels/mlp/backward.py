@@ -40,9 +40,9 @@ from pallas_kernels.mlp.common import (
 
 
 def backward_tiles(dtype, F: int, H: int, G: int) -> Tiles:
-    # Of more than 192 columns the gradient of x leaves registers for half a panel alone. Elsewhere half panels are by
-    # calculation, not measured: shared memory then feeds two of the three products at 80 % of their speed, but with a
-    # single slot they stand still while weights are loaded, every chunk.
+    # Of more than 192 columns the gradient of x leaves registers for half a panel alone. Elsewhere half panels, as a
+    # single slot for the second weights, are by calculation, not measured: shared memory then feeds two of the three
+    # products at two thirds of their speed, but where both weights have one slot all stand still while it is loaded.
     chunks = [hopper.PANEL] * (F <= 192) + [hopper.PANEL // 2]
     return choose_tiles(functools.partial(backward_scratch, dtype, F, H, G), H, *chunks)
 
