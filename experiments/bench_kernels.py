@@ -15,7 +15,7 @@ from bench_attention import WINDOW_SHAPES, Pullback, seed_cases, window_cases
 from kernel_timing import Case, plot_roofline, time_all
 from torch_rivals import flex_rows, gdpa_rows
 
-from pallas_kernels.mlp.api import mlp_in_xla, mlp_kernel
+from pallas_kernels.mlp.api import masked_in_xla, mlp_in_xla, mlp_kernel
 from pallas_kernels.rows import along, mean, normalise, normalise_back, row_kernel, row_pass_in_xla
 
 RESULTS = pathlib.Path("experiments/results")
@@ -193,17 +193,19 @@ def mlp(config: Bench) -> None:
 
 
 def mlp_cases() -> list[Case]:
-    """Rows, inputs, hidden width and outputs as in the 6 GFLOPs preset."""
+    """Rows, inputs, hidden width and outputs as in the 6 GFLOPs preset, one of whose MLPs masks its input."""
     cases = []
-    for N, F, H, G in (
-        (2_304_000, 192, 320, 192),
-        (2_304_000, 192, 320, 320),
-        (2_304_000, 192, 128, 192),
-        (589_824, 256, 320, 320),
+    for N, F, H, G, masked in (
+        (2_304_000, 192, 320, 192, False),
+        (2_304_000, 192, 320, 192, True),
+        (2_304_000, 192, 320, 320, False),
+        (2_304_000, 192, 128, 192, False),
+        (589_824, 256, 320, 320, False),
     ):
-        name, operands = f"{N} rows, {F}, {H}, {G}", functools.partial(_mlp_operands, N, F, H, G)
+        name, operands = f"{N} rows, {F}, {H}, {G}" + ", masks" * masked, functools.partial(_mlp_operands, N, F, H, G)
+        kernel, xla = functools.partial(mlp_kernel, masked=masked), masked_in_xla if masked else mlp_in_xla
         products, rows = 2.0 * N * H * (F + G), 2.0 * N * np.array([F + G, 2 * F + G])
-        for implementation, f in (("mosaic_gpu", mlp_kernel), ("xla", mlp_in_xla)):
+        for implementation, f in (("mosaic_gpu", kernel), ("xla", xla)):
             call = functools.partial(_mlp, f)
             alone = Pullback(call, operands)
             cases += [

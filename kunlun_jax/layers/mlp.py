@@ -1,7 +1,6 @@
 """Linear maps, MLPs and MaskNet."""
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels import silu_mlp
+from pallas_kernels import masked_by_mlp, silu_mlp
 
 
 def linear(inputs: int, outputs: int, *, dtype: str, rngs: nnx.Rngs, bias: bool = True) -> nnx.Linear:
@@ -65,16 +64,6 @@ def mix_tokens(weights: Float[Array, "*m o n"], x: Float[Array, "*m B n d"]) -> 
     return jnp.broadcast_to(weights[..., None, :, :], (*x.shape[:-2], *weights.shape[-2:])) @ x
 
 
-def two_layers(
-    x: Float[Array, "*rest inputs"], first: nnx.Linear, last: nnx.Linear, *, bias: bool = True
-) -> Float[Array, "*rest outputs"]:
-    """last(silu(first(x))), the last bias only if wanted; of many rows in kernels that don't write the hidden layer."""
-    assert first.bias is not None  # nnx.Linear can do without; `MLP` makes none of those
-    assert last.bias is not None
-    operands = cast(str(jnp.dtype(first.dtype)), first.kernel, first.bias, last.kernel, *[last.bias] * bias)
-    return silu_mlp(x.astype(operands[0].dtype), *operands)
-
-
 class MLP(nnx.Module):
     """Linear maps with SiLU between them; none after the last [choice]."""
 
@@ -88,7 +77,7 @@ class MLP(nnx.Module):
             return last(x)
         for layer in others[:-1]:
             x = nnx.silu(layer(x))
-        return two_layers(x, others[-1], last)
+        return _two_layers(silu_mlp, x, others[-1], last)
 
 
 class MaskNet(nnx.Module):
@@ -99,42 +88,20 @@ class MaskNet(nnx.Module):
     """
 
     def __init__(self, inputs: int, outputs: int, *, dtype: str, rngs: nnx.Rngs):
-        self.dtype = dtype
         self.mask = MLP(inputs, [outputs], inputs, dtype=dtype, rngs=rngs)
         self.mask.layers[-1].bias = nnx.Param(jnp.ones(inputs))
         self.compress = MLP(inputs, [outputs], outputs, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*rest inputs"]) -> Float[Array, "*rest outputs"]:
-        first, last = self.mask.layers
-        assert last.bias is not None
-        mask = two_layers(x, first, last, bias=False)
-        return self.compress(_masked(x, mask, *cast(self.dtype, last.bias)))
+        return self.compress(_two_layers(masked_by_mlp, x, *self.mask.layers))
 
 
-@jax.custom_vjp
-def _masked(x, mask, bias):
-    """x ⊙ (mask + bias) for rows [*rest, inputs]. The gradients of all three are one pass over the rows."""
-    return x * (mask + bias)
-
-
-def _masked_forward(x, mask, bias):
-    return _masked(x, mask, bias), (x, mask, bias)
-
-
-def _masked_backward(saved, d):
-    x, mask, bias = saved
-    # XLA adds up columns a multiple of 64 at a time at the speed of memory, 200 of them at 40 % of it.
-    inputs = x.shape[-1]
-    together = math.lcm(inputs, 64) // inputs
-    together = together if math.prod(x.shape[:-1]) % together == 0 else 1
-    wide, mask, d = (y.reshape(-1, together * inputs) for y in (x, mask, d))
-    d_mask = d * wide
-    d_bias = jnp.sum(d_mask.astype(jnp.float32), axis=0).reshape(together, inputs).sum(axis=0)
-    d_x = d * (mask + jnp.tile(bias, together))
-    return d_x.reshape(x.shape).astype(x.dtype), d_mask.reshape(x.shape).astype(mask.dtype), d_bias.astype(bias.dtype)
-
-
-_masked.defvjp(_masked_forward, _masked_backward)
+def _two_layers(f, x, first: nnx.Linear, last: nnx.Linear):
+    """f of x and the layers' weights and biases: of many rows in kernels that don't write the hidden layer."""
+    assert first.bias is not None  # nnx.Linear can do without; `MLP` makes none of those
+    assert last.bias is not None
+    operands = cast(str(jnp.dtype(first.dtype)), first.kernel, first.bias, last.kernel, last.bias)
+    return f(x.astype(operands[0].dtype), *operands)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> nnx.Param:

@@ -1,5 +1,5 @@
-"""An MLP of two layers with SiLU between them."""
+"""An MLP of two layers with SiLU between them, and rows that one of them masks."""
 
-from pallas_kernels.mlp.api import silu_mlp
+from pallas_kernels.mlp.api import masked_by_mlp, silu_mlp
 
-__all__ = ["silu_mlp"]
+__all__ = ["masked_by_mlp", "silu_mlp"]

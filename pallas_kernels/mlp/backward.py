@@ -1,7 +1,9 @@
 """The MLP's gradients in one pass over its rows, with the hidden layer computed again, chunk by chunk.
 
 Written are the gradient of x and what XLA's products for the weights need: the hidden layer and the gradient before its
-activation. The sums for the biases are of each warpgroup's 64 rows, for XLA to add up.
+activation. The sums for the biases are of each warpgroup's 64 rows, for XLA to add up. If the MLP masks its input, the
+mask's gradient comes first, takes the place of the product's and is written too. What x gets past the MLP is where the
+sum for x starts.
 
 Numerics: in float32; rounded are the hidden layer and the gradients, as operands of the products.
 """
@@ -13,6 +15,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax._src.pallas.mosaic_gpu.primitives import wgmma_accumulator_store  # no public name in JAX 0.11
 
 from pallas_kernels import hopper
 from pallas_kernels.mlp.common import (
@@ -37,8 +40,11 @@ from pallas_kernels.mlp.common import (
 
 
 def backward_tiles(dtype, F: int, H: int, G: int) -> Tiles:
-    chunk = hopper.PANEL if F <= 192 else hopper.PANEL // 2  # else the gradient of x leaves too few registers
-    return choose_tiles(functools.partial(backward_scratch, dtype, F, H, G), H, chunk)
+    # Of more than 192 columns the gradient of x leaves registers for half a panel alone. Elsewhere half panels, as a
+    # single slot for the second weights, are by calculation, not measured: shared memory then feeds two of the three
+    # products at two thirds of their speed, but where both weights have one slot all stand still while it is loaded.
+    chunks = [hopper.PANEL] * (F <= 192) + [hopper.PANEL // 2]
+    return choose_tiles(functools.partial(backward_scratch, dtype, F, H, G), H, *chunks)
 
 
 def backward_scratch(dtype, F: int, H: int, G: int, tiles: Tiles) -> dict:
@@ -55,25 +61,27 @@ def backward_scratch(dtype, F: int, H: int, G: int, tiles: Tiles) -> dict:
     )
 
 
-def mlp_backward(x, dy, w1, w2, b1, *, with_db2: bool, tiles: Tiles, sms: int, interpret=None):
-    """(dx, hidden, d_hidden, db1) and, if wanted, db2: the gradients of x [N, F], the hidden layer [N, H], the gradient
-    before its activation [N, H], and the gradients of the biases in float32. sms: blocks of the grid."""
+def mlp_backward(x, dy, w1, b1, w2, *mask, masked: bool, tiles: Tiles, sms: int, interpret=None):
+    """(db1, db2, dx, hidden, d_hidden) and, masked, d_mask: the gradients of the biases in float32 and of x [N, F], the
+    hidden layer [N, H], the gradient before its activation [N, H], the gradient of the mask [N, G].
+
+    mask: from the forward pass; dy is then the gradient of x ⊙ mask. sms: blocks of the grid.
+    """
     (N, F), (H, G) = x.shape, w2.shape
     warpgroups = tiles.blocks * COMPUTE
-    sums_shape = (warpgroups * ceil_div(N, warpgroups * ROWS), H + G * with_db2)
-    out_type = [jax.ShapeDtypeStruct((N, width), x.dtype) for width in (F, H, H)]
-    *gradients, sums = persistent(
-        functools.partial(_kernel, sms=sms, tiles=tiles, with_db2=with_db2, interpret=interpret),
+    sums_type = jax.ShapeDtypeStruct((warpgroups * ceil_div(N, warpgroups * ROWS), H + G), jnp.float32)
+    types = [jax.ShapeDtypeStruct((N, width), x.dtype) for width in (F, H, H, G)[: 3 + masked]]
+    sums, *gradients = persistent(
+        functools.partial(_kernel, sms=sms, tiles=tiles, masked=masked, interpret=interpret),
         name="mlp_backward",
-        out_type=[*out_type, jax.ShapeDtypeStruct(sums_shape, jnp.float32)],
+        out_type=[sums_type, *types],
         scratch=backward_scratch(x.dtype, F, H, G, tiles),
         blocks=tiles.blocks,
         sms=sms,
         interpret=interpret,
-        operands=(x, dy, w1, w2, half(b1).reshape(-1, tiles.chunk)),
+        operands=(x, dy, w1, w2, half(b1).reshape(-1, tiles.chunk), *mask),
     )
-    db1, db2 = jnp.split(jnp.sum(sums, axis=0), [H])
-    return (*gradients, db1, db2) if with_db2 else (*gradients, db1)
+    return (*jnp.split(jnp.sum(sums, axis=0), [H]), *gradients)
 
 
 def _kernel(
@@ -82,11 +90,7 @@ def _kernel(
     w1_gmem,
     w2_gmem,
     bias_gmem,
-    dx_gmem,
-    hidden_gmem,
-    d_hidden_gmem,
-    sums_gmem,
-    *,
+    *others_gmem,
     x_smem,
     dy_smem,
     out_smem,
@@ -99,9 +103,12 @@ def _kernel(
     w_empty,
     sms,
     tiles,
-    with_db2,
+    masked,
     interpret,
 ):
+    if masked:
+        mask_gmem, *others_gmem, d_mask_gmem = others_gmem
+    sums_gmem, dx_gmem, hidden_gmem, d_hidden_gmem = others_gmem
     (N, F), (H, G), dtype = x_gmem.shape, w2_gmem.shape, x_gmem.dtype
     chunk, slots, chunks = tiles.chunk, tiles.row_slots, H // tiles.chunk
     warpgroup, mine = lax.axis_index("warpgroup"), Deal(N, tiles.blocks, sms)
@@ -123,6 +130,8 @@ def _kernel(
         def _():
             for source, target in ((x_gmem, x_smem), (dy_gmem, dy_smem)):
                 plgpu.copy_gmem_to_smem(source.at[mine.rows(turn)], target.at[place(turn)], rows_full.at[place(turn)])
+            if masked:
+                plgpu.async_prefetch(mask_gmem.at[mine.rows(turn)])
 
     def store(values, targets, first=0):
         """Through the warpgroup's two buffers, in turn, from `first` on."""
@@ -152,10 +161,26 @@ def _kernel(
         lax.fori_loop(0, mine.turns, lambda turn, _: one_tile(turn), None)
         plgpu.wait_smem_to_gmem(0)
 
+    def through_mask(turn, mask):
+        """Puts the mask's gradient in the place of the product's. Returns what x gets past the MLP."""
+        past = []
+        for p in range(G // chunk):
+            at = place(turn), slice(None), panel(p)
+            x, d = (hopper.widen(buffer[at], interpret) for buffer in (x_smem, dy_smem))
+            plgpu.commit_smem()  # all have read before the place is written
+            dy_smem[at] = (x * d).astype(dtype)
+            past.append(d * hopper.widen(mask[:, chunk * p : chunk * (p + 1)], interpret))
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(dy_smem.at[place(turn)], d_mask_gmem.at[mine.rows(turn)])
+        return lax.concatenate(past, 1)
+
     def one_tile(turn):
         first = turn * chunks
+        if masked:  # shared memory has no room for it
+            mask = plgpu.load(mask_gmem.at[mine.rows(turn)], layout=plgpu.Layout.WGMMA, optimized=False)
         plgpu.barrier_wait(rows_full.at[place(turn)])
-        for p in range(G // chunk * with_db2):
+        past_mlp = through_mask(turn, mask) if masked else None
+        for p in range(G // chunk):
             dy = dy_smem.at[place(turn), :, panel(p)]
             sums_gmem[mine.number(turn), pl.ds(H + chunk * p, chunk)] = column_sums(dy)
 
@@ -175,6 +200,9 @@ def _kernel(
             return (half_z * t + half_z).astype(dtype), (d * slope).astype(dtype)
 
         def accumulate(dx_acc):
+            if masked:
+                wgmma_accumulator_store(dx_acc, past_mlp)
+
             def step(c, _):
                 z, d = pl.run_scoped(functools.partial(products, c), chunk_type, chunk_type)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)

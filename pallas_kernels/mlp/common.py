@@ -16,6 +16,7 @@ from pallas_kernels import hopper
 
 ROWS = 64  # of one compute warpgroup's tile
 COMPUTE = 2  # warpgroups that compute; a third one issues the loads of weights
+MASK_ROWS = 2 * COMPUTE * ROWS  # masks have a multiple of them: whole tiles of clusters of one or two blocks
 CLUSTER, BLOCK = "cluster", "block"  # axes of the grid
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
 W1, W2 = 0, 1  # of a chunk: its columns of the first weights, its rows of the second
@@ -26,21 +27,28 @@ class Tiles:
     """Tiles of a kernel.
 
     chunk: columns of the hidden layer in one chunk.
-    weight_slots, row_slots: what shared memory holds: chunks of the weights, and tiles of rows per warpgroup.
+    weight_slots, row_slots: what shared memory holds: chunks of the first and the second weights, and tiles of rows per
+      warpgroup.
     blocks: of a cluster. Each loads its share of a chunk for all of them.
     """
 
     chunk: int
-    weight_slots: int
+    weight_slots: tuple[int, int]
     row_slots: int
     blocks: int
 
 
-def choose_tiles(scratch: Callable[[Tiles], dict], H: int, chunk: int) -> Tiles:
-    """The first tiles that fit shared memory: all weights at once is best, then rows ahead of their use."""
-    chunks = H // chunk
-    for weight_slots, row_slots in ((chunks, 2), (chunks, 1), (2, 2), (2, 1), (1, 1)):
-        tiles = Tiles(chunk, min(weight_slots, chunks), row_slots, blocks=1 if weight_slots >= chunks else 2)
+def choose_tiles(scratch: Callable[[Tiles], dict], H: int, *chunks: int) -> Tiles:
+    """The first tiles that fit shared memory: all weights at once is best, then rows ahead of their use. A later one of
+    `chunks` is worth it if it lets weights be loaded beside products; of the second weights, which a step is done with
+    early, one slot will do."""
+
+    def ahead(everything):
+        return (everything, 2), (everything, 1), ((2, 2), 2), ((2, 2), 1), ((2, 1), 1)
+
+    choices = [(chunk, *slots) for chunk in chunks for slots in ahead((H // chunk,) * 2)]
+    for chunk, weight_slots, row_slots in [*choices, *((chunk, (1, 1), 1) for chunk in chunks)]:
+        tiles = Tiles(chunk, weight_slots, row_slots, blocks=1 if weight_slots == (H // chunk,) * 2 else 2)
         if hopper.shared_bytes(scratch(tiles)) <= hopper.SHARED_MEMORY:
             return tiles
     raise ValueError(f"an MLP with {H} hidden columns takes more than {hopper.SHARED_MEMORY} bytes of shared memory")
@@ -52,19 +60,19 @@ def tiling(columns: int):
 
 
 def weight_scratch(dtype, F: int, G: int, tiles: Tiles) -> dict:
-    """The ring of weights: each slot has the chunk's columns of the first weights and its rows of the second."""
+    """The rings of weights: a slot has the chunk's columns of the first weights, or its rows of the second."""
     buffer = functools.partial(plgpu.SMEM, dtype=dtype, transforms=tiling(tiles.chunk))
     shared = functools.partial(plgpu.ClusterBarrier, collective_axes=(BLOCK,)) if tiles.blocks > 1 else plgpu.Barrier
     return dict(
-        w1_smem=buffer((tiles.weight_slots, F, tiles.chunk)),
-        w2_smem=buffer((tiles.weight_slots, tiles.chunk, G)),
-        w_full=plgpu.Barrier(num_arrivals=1, num_barriers=2 * tiles.weight_slots),
-        w_empty=shared(num_arrivals=COMPUTE, num_barriers=2 * tiles.weight_slots),
+        w1_smem=buffer((tiles.weight_slots[W1], F, tiles.chunk)),
+        w2_smem=buffer((tiles.weight_slots[W2], tiles.chunk, G)),
+        w_full=plgpu.Barrier(num_arrivals=1, num_barriers=sum(tiles.weight_slots)),
+        w_empty=shared(num_arrivals=COMPUTE, num_barriers=sum(tiles.weight_slots)),
     )
 
 
 class Weights:
-    """The ring of weights inside a kernel: step n uses chunk n % chunks. Where all chunks have a slot, they stay.
+    """The rings of weights inside a kernel: step n uses chunk n % chunks. Where all chunks have a slot, they stay.
 
     order: in which a step is through with them.
     """
@@ -72,9 +80,9 @@ class Weights:
     def __init__(self, w1_gmem, w2_gmem, w1_smem, w2_smem, w_full, w_empty, *, order, blocks: int):
         self._gmem, self._smem, self._full, self._empty = (w1_gmem, w2_gmem), (w1_smem, w2_smem), w_full, w_empty
         self._order, self._axis = order, BLOCK if blocks > 1 else None
-        (self._slots, _, self._chunk), H = w1_smem.shape, w1_gmem.shape[1]
-        self._chunks = H // self._chunk
-        self._stay = self._slots == self._chunks
+        self._chunk, self._slots = w1_smem.shape[2], (w1_smem.shape[0], w2_smem.shape[0])
+        self._chunks = w1_gmem.shape[1] // self._chunk
+        self._stay = self._slots == (self._chunks, self._chunks)
 
     def load_all(self, tiles):
         """For the warpgroup that issues loads: all that `tiles` tiles need."""
@@ -84,7 +92,7 @@ class Weights:
             for which in self._order:
                 if not self._stay:
 
-                    @pl.when(n >= self._slots)
+                    @pl.when(n >= self._slots[which])
                     def _(which=which):
                         plgpu.barrier_wait(self._barrier(self._empty, which, n))
 
@@ -92,24 +100,24 @@ class Weights:
                 where = (slice(None), hidden) if which == W1 else (hidden,)
                 plgpu.copy_gmem_to_smem(
                     self._gmem[which].at[where],
-                    self._smem[which].at[self._slot(n)],
+                    self._smem[which].at[self._slot(which, n)],
                     self._barrier(self._full, which, n),
                     collective_axes=self._axis,
                 )
 
         lax.fori_loop(0, steps, load, None)
         if not self._stay:  # every completed phase must have been waited for when the kernel ends
+            for which in self._order:
 
-            def drain(n, _):
-                for which in self._order:
+                def drain(n, _, which=which):
                     plgpu.barrier_wait(self._barrier(self._empty, which, n))
 
-            lax.fori_loop(jnp.maximum(steps - self._slots, 0), steps, drain, None)
+                lax.fori_loop(jnp.maximum(steps - self._slots[which], 0), steps, drain, None)
 
     def start(self):
         """For a compute warpgroup, before its first tile."""
         if self._stay:
-            for i in range(2 * self._slots):
+            for i in range(sum(self._slots)):
                 plgpu.barrier_wait(self._full.at[i])
 
     def await_(self, which, n):
@@ -120,17 +128,17 @@ class Weights:
 
     def at(self, which, n):
         """The part of the weights for step n, awaited before."""
-        return self._smem[which].at[hopper.hold(self._slot(n))[0]]
+        return self._smem[which].at[hopper.hold(self._slot(which, n))[0]]
 
     def release(self, which, n):
         if not self._stay:
             plgpu.barrier_arrive(self._barrier(self._empty, which, n))
 
-    def _slot(self, n):
-        return lax.rem(n, jnp.int32(self._slots))
+    def _slot(self, which, n):
+        return lax.rem(n, jnp.int32(self._slots[which]))
 
     def _barrier(self, barriers, which, n):
-        return barriers.at[2 * self._slot(n) + which]
+        return barriers.at[self._slot(which, n) + which * self._slots[W1]]
 
 
 def persistent(body, *, name: str, out_type, scratch: dict, blocks: int, sms: int, interpret, operands) -> Any:

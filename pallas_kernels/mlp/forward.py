@@ -1,7 +1,8 @@
 """The MLP's forward pass: one block per SM, tiles of 128 rows, the hidden layer in chunks of 64 columns.
 
 A warpgroup has 64 rows. A chunk of their hidden layer is a product from shared memory; its activation is the operand,
-in registers, of the product that adds to the result, which runs beside the next chunk's first one.
+in registers, of the product that adds to the result, which runs beside the next chunk's first one. Where the MLP masks
+its own input, the end multiplies the result by the rows, which still lie in shared memory.
 """
 
 import functools
@@ -16,6 +17,7 @@ from pallas_kernels import hopper
 from pallas_kernels.mlp.common import (
     COMPUTE,
     COMPUTE_REGISTERS,
+    MASK_ROWS,
     MEMORY_REGISTERS,
     ROWS,
     W1,
@@ -49,14 +51,16 @@ def forward_scratch(dtype, F: int, H: int, G: int, tiles: Tiles) -> dict:
     )
 
 
-def mlp_forward(x, w1, w2, b1, b2=None, *, tiles: Tiles, sms: int, interpret=None):
-    """silu(x w1 + b1) w2 + b2: [N, G]. sms: blocks of the grid."""
+def mlp_forward(x, w1, b1, w2, b2, *, masked: bool, tiles: Tiles, sms: int, interpret=None):
+    """[silu(x w1 + b1) w2 + b2]: [N, G], or, masked, the product of x and this, and this, with rows added for whole
+    tiles. sms: blocks of the grid."""
     (N, F), (H, G) = x.shape, w2.shape
-    biases = jnp.concatenate([half(b1), jnp.zeros(G, x.dtype) if b2 is None else b2])
+    rows = [N, ceil_div(N, MASK_ROWS) * MASK_ROWS] if masked else [N]
+    biases = jnp.concatenate([half(b1), b2])
     return persistent(
-        functools.partial(_kernel, sms=sms, tiles=tiles, biased=b2 is not None),
+        functools.partial(_kernel, sms=sms, tiles=tiles),
         name="mlp_forward",
-        out_type=jax.ShapeDtypeStruct((N, G), x.dtype),
+        out_type=[jax.ShapeDtypeStruct((n, G), x.dtype) for n in rows],
         scratch=forward_scratch(x.dtype, F, H, G, tiles),
         blocks=tiles.blocks,
         sms=sms,
@@ -71,6 +75,7 @@ def _kernel(
     w2_gmem,
     biases_gmem,
     y_gmem,
+    mask_gmem=None,
     *,
     x_smem,
     biases_smem,
@@ -82,7 +87,6 @@ def _kernel(
     w_empty,
     sms,
     tiles,
-    biased,
 ):
     (N, F), G, dtype = x_gmem.shape, w2_gmem.shape[1], x_gmem.dtype
     slots, panels, chunks = tiles.row_slots, F // hopper.PANEL, w1_gmem.shape[1] // hopper.PANEL
@@ -181,14 +185,19 @@ def _kernel(
 
     def store(turn, out):
         """Through the place of the rows that the result is of."""
-        for p in range(G // hopper.PANEL):
-            if p >= panels:
+        cut = [out[:, hopper.PANEL * p : hopper.PANEL * (p + 1)] for p in range(G // hopper.PANEL)]
+        results = [(y_gmem, p, y + columns(bias(chunks + p))) for p, y in enumerate(cut)]
+        if mask_gmem is not None:
+            products = [(y_gmem, p, x_smem[place(turn), p].astype(jnp.float32) * mask) for _, p, mask in results]
+            plgpu.commit_smem()  # all have read the rows before their place is written
+            results = [(mask_gmem, p, mask) for _, p, mask in results] + products
+        for i, (target, p, result) in enumerate(results):
+            if i >= panels:
                 plgpu.wait_smem_to_gmem(panels - 1, wait_read_only=True)
-            y = out[:, hopper.PANEL * p : hopper.PANEL * (p + 1)]
-            staging = x_smem.at[place(turn), p % panels]
-            staging[...] = (y + columns(bias(chunks + p)) if biased else y).astype(dtype)
+            staging = x_smem.at[place(turn), i % panels]
+            staging[...] = result.astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(staging, y_gmem.at[mine.rows(turn), panel(p)])
+            plgpu.copy_smem_to_gmem(staging, target.at[mine.rows(turn), panel(p)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     lax.cond(warpgroup < COMPUTE, compute, memory)
