@@ -192,9 +192,10 @@ class KunlunConfig:
 
     @classmethod
     def gflops_6(cls) -> "KunlunConfig":
-        """6 GFLOPs per sample forward on `SyntheticConfig.gflops_6`; clicks and conversions get the wider stacks."""
+        """6 GFLOPs per sample forward on `SyntheticConfig.gflops_6`; clicks get the deepest stack, the fewer
+        conversions the widest."""
         clicked = EventConfig(width=320, head_width=64, depth=3, n_seeds=128, n_tokens=32, window=100)
-        converted = dataclasses.replace(clicked, n_tokens=16)
+        converted = dataclasses.replace(clicked, width=512, depth=1, n_tokens=16)
         return cls._production(clicked, converted, width=256, generated=256, experts=4, interaction_hidden=512)
 
     @classmethod
