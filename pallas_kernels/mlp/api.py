@@ -14,6 +14,7 @@ rows. All else is XLA's, which also rounds before it adds a bias and before it m
 """
 
 import functools
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels import hopper
+from pallas_kernels.dispatch import SlowerPathWarning
 from pallas_kernels.jagged import vary_together
 from pallas_kernels.mlp.backward import backward_tiles, mlp_backward
 from pallas_kernels.mlp.forward import forward_tiles, mlp_forward
@@ -47,7 +49,8 @@ def silu_mlp(
 ) -> Float[Array, "*rest G"]:
     """silu(x w1 + b1) w2 + b2 for every row of x; all operands of one dtype, that of the result.
 
-    Products add up in float32. On Hopper, calls within the limits of this module run in own kernels, others in XLA.
+    Products add up in float32. On Hopper, calls within the limits of this module run in own kernels; others run in XLA,
+    with a `SlowerPathWarning` where only their widths or dtypes are in the way.
     """
     return _kernel_or_xla(x, w1, b1, w2, b2, masked=False)
 
@@ -65,9 +68,11 @@ def masked_by_mlp(
 
 def _kernel_or_xla(x, *weights, masked: bool):
     rows = x.reshape(-1, x.shape[-1])
-    reason = hopper.unsupported_device() or unsupported(rows, *weights, masked=masked)
-    if rows.shape[0] >= LEAST_ROWS and not reason:
-        return mlp_kernel(rows, *weights, masked=masked).reshape(*x.shape[:-1], -1)
+    if rows.shape[0] >= LEAST_ROWS and hopper.unsupported_device() is None:
+        if not (reason := unsupported(rows, *weights, masked=masked)):
+            return mlp_kernel(rows, *weights, masked=masked).reshape(*x.shape[:-1], -1)
+        name = masked_by_mlp.__name__ if masked else silu_mlp.__name__
+        warnings.warn(f"{name} runs in XLA, its kernel passed over: {reason}", SlowerPathWarning, stacklevel=3)
     return (masked_in_xla if masked else mlp_in_xla)(x, *weights)
 
 
