@@ -1,5 +1,7 @@
 """The estimate of a step's bytes: against the compiled program, its growth, and the refusal."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,10 +9,11 @@ from flax import nnx
 
 from kunlun_jax.data.synthetic import SyntheticConfig, make_schema
 from kunlun_jax.memory import USABLE, abstract_batch, check_fits, largest_batch, step_memory
-from kunlun_jax.model_configs import KunlunConfig
+from kunlun_jax.model_configs import EventConfig, KunlunConfig
 from kunlun_jax.models import build
 from kunlun_jax.optimizer import OptimizerConfig
 from kunlun_jax.training import Learner
+from pallas_kernels import SlowerPathWarning, hopper
 
 BATCH = 64
 
@@ -45,6 +48,25 @@ def test_residuals_grow_with_the_batch_and_shrink_with_the_capacity(learner):
     assert two.residuals == pytest.approx(2 * one.residuals, rel=0.02)
     assert 0.4 < half.residuals / one.residuals < 0.8
     assert one.state == two.state
+
+
+def test_steps_with_kernels_are_counted_without_a_gpu():
+    """The same as on a Hopper GPU: kernels keep less than the XLA paths."""
+    schema = make_schema(SyntheticConfig(max_length=1000))
+    event = EventConfig(width=64, head_width=64, n_seeds=16)
+    config = KunlunConfig(dict.fromkeys(("clicked", "viewed"), event), dtype="bfloat16", implementation="mosaic_gpu")
+
+    def residuals(config, batch):
+        model = nnx.eval_shape(lambda: build(config, schema, rngs=nnx.Rngs(0)))
+        return step_memory(Learner(model, schema, OptimizerConfig(), steps=10), batch).residuals
+
+    with pytest.raises(NotImplementedError, match="needs an NVIDIA Hopper GPU"):
+        residuals(config, 16)
+    with hopper.assumed(), pytest.warns(SlowerPathWarning, match="masked_by_mlp"):  # of twelve columns
+        few, many = (residuals(config, n) for n in (16, 32))
+    assert few < many < 2.02 * few
+    with pytest.warns(SlowerPathWarning):
+        assert many < 0.95 * residuals(dataclasses.replace(config, implementation=None), 32)
 
 
 def test_a_step_that_does_not_fit_names_its_bytes_and_the_batch_that_would(learner):
