@@ -41,7 +41,7 @@ class Tiles:
 def choose_tiles(scratch: Callable[[Tiles], dict], H: int, chunk: int) -> Tiles:
     """The first tiles that fit shared memory: all weights at once is best, then rows ahead of their use, then weights
     loaded beside products; of the second weights, which a step is done with early, one slot will do."""
-    everything = (H // chunk,) * 2
+    everything = H // chunk, H // chunk
     for weight_slots, row_slots in (
         *((everything, 2), (everything, 1)),
         *(((2, 2), 2), ((2, 2), 1), ((2, 1), 1)),
