@@ -224,7 +224,7 @@ def _dkv(
                         lax.fori_loop(count_queries + begin, count_queries + mine_begin, pass_over, None)
 
                         def step(j, _, queries: int):
-                            slot, w, at = common.hold(common.modulo(count_queries + j, slots), warpgroup, held_slot)
+                            slot, w, at = hopper.hold(common.modulo(count_queries + j, slots), warpgroup, held_slot)
                             plgpu.barrier_wait(full.at[slot])
 
                             def statistic(which, column, like):

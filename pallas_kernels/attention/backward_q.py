@@ -242,7 +242,7 @@ def _dq(
 
                 def add_blocks(dq_acc):
                     def step(j, _, keys: int):
-                        slot, w, at = common.hold(common.modulo(count_keys + j, slots), warpgroup, held_slot)
+                        slot, w, at = hopper.hold(common.modulo(count_keys + j, slots), warpgroup, held_slot)
                         plgpu.barrier_wait(full.at[slot])
 
                         def score_gradients(s_acc, dp_acc):

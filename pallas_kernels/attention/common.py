@@ -50,14 +50,6 @@ def blocks_of(rows):
     return lax.shift_right_logical(rows + (BLOCK - 1), jnp.int32(BLOCK.bit_length() - 1))
 
 
-def hold(*indices):
-    """Scalars the compiler can't move out of the loop.
-
-    Else it computes the descriptors of all wgmma operands before the loop and spills them.
-    """
-    return lax.optimization_barrier(indices)
-
-
 def blocks_seen(first, rows, others, before: int | None, after: int | None, origin: Any = 0):
     """[begin, end) of the blocks of `others` rows that rows first … first + rows - 1 meet, counted from row `origin`.
 

@@ -205,7 +205,7 @@ def _kernel(
                 def all_blocks(out_acc):
                     def step(j, carry, keys: int):
                         highest, totals = carry
-                        slot, w, at = common.hold(common.modulo(kv_count + j - begin, kv_slots), warpgroup, q_slot)
+                        slot, w, at = hopper.hold(common.modulo(kv_count + j - begin, kv_slots), warpgroup, q_slot)
                         plgpu.barrier_wait(k_full.at[slot])
 
                         def scores(acc):
