@@ -21,8 +21,9 @@ train: $(READY)
 test: $(READY)
 	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu"
 
+# Side by side: a test takes its time on the host, tracing and compiling.
 test-gpu: $(READY)
-	@$(PYTHON) -m pytest -m gpu
+	@XLA_PYTHON_CLIENT_PREALLOCATE=false $(PYTHON) -m pytest -n 12 -m gpu
 
 lint: $(READY)
 	@$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m pyright
