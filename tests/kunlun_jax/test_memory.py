@@ -8,7 +8,15 @@ import pytest
 from flax import nnx
 
 from kunlun_jax.data.synthetic import SyntheticConfig, make_schema
-from kunlun_jax.memory import USABLE, abstract_batch, check_fits, largest_batch, step_memory
+from kunlun_jax.memory import (
+    USABLE,
+    _dependent,
+    _without_repeatable,
+    abstract_batch,
+    check_fits,
+    largest_batch,
+    step_memory,
+)
 from kunlun_jax.model_configs import EventConfig, KunlunConfig
 from kunlun_jax.models import build
 from kunlun_jax.optimizer import OptimizerConfig
@@ -67,6 +75,19 @@ def test_steps_with_kernels_are_counted_without_a_gpu():
     assert few < many < 2.02 * few
     with pytest.warns(SlowerPathWarning):
         assert many < 0.95 * residuals(dataclasses.replace(config, implementation=None), 32)
+
+
+def test_what_xla_computes_again_is_not_kept():
+    def forward(x, w):
+        h = x @ w
+        again, operand, sums = jnp.tanh(h), jnp.exp(h), h.sum(1, keepdims=True)
+        return h, again, operand, sums, operand @ w, jnp.broadcast_to(w[0], h.shape)
+
+    program = jax.make_jaxpr(forward)(jnp.ones((32, 8)), jnp.ones((8, 8))).jaxpr
+    h, _, operand, sums, product, repeated = kept = program.outvars
+    assert _dependent(program, program.invars[:1]).isdisjoint([repeated])
+    assert _dependent(program, program.invars[:1]).issuperset(kept[:-1])
+    assert _without_repeatable(program, dict.fromkeys(kept[:-1])) == [h, operand, sums, product]
 
 
 def test_a_step_that_does_not_fit_names_its_bytes_and_the_batch_that_would(learner):

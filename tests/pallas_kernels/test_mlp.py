@@ -134,9 +134,9 @@ def test_memory_that_holds_no_tiles_is_refused(monkeypatch):
 
 
 @pytest.fixture
-def on_hopper(monkeypatch):
-    monkeypatch.setattr(hopper, "unsupported_device", lambda: None)
-    monkeypatch.setattr(hopper, "sm_count", lambda: 132)
+def on_hopper():
+    with hopper.assumed():
+        yield
 
 
 def shapes(N, widths, dtype=jnp.bfloat16):
