@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import hopper
 from pallas_kernels.gdpa import mosaic_backward, xla
-from pallas_kernels.gdpa.mosaic_backward_split import BehindNorm
+from pallas_kernels.gdpa.mosaic_backward_q import BehindNorm
 from pallas_kernels.gdpa.mosaic_forward import gdpa_forward
 from pallas_kernels.gdpa.tiles import ForwardTiles, forward_tiles
 from pallas_kernels.jagged import vary_together

@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels import hopper
 from pallas_kernels.gdpa.mosaic_backward_common import COMPUTE, TILE
 from pallas_kernels.gdpa.mosaic_backward_fused import KEYS, gdpa_fused_backward
-from pallas_kernels.gdpa.mosaic_backward_split import KV_BLOCK, BehindNorm, gdpa_dkv, gdpa_dq
+from pallas_kernels.gdpa.mosaic_backward_kv import KV_BLOCK, gdpa_dkv
+from pallas_kernels.gdpa.mosaic_backward_q import BehindNorm, gdpa_dq
 from pallas_kernels.schedule import make_schedule, row_fills
 
 ITEMS_PER_SM = 8  # below that, samples are cut for an even load

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import hopper
-from pallas_kernels.gdpa import mosaic_backward, mosaic_backward_fused, mosaic_backward_split
+from pallas_kernels.gdpa import mosaic_backward, mosaic_backward_fused, mosaic_backward_kv, mosaic_backward_q
 from pallas_kernels.gdpa.activations import ACTIVATIONS
 from pallas_kernels.gdpa.mosaic_backward import finishes_norm, gdpa_backward, is_fused
 
@@ -160,7 +160,7 @@ def test_interpreted_behind_a_norm(name):
     def run(*operands, **more):
         where = [jnp.asarray(spans[n]) for n in SPANS]
         lengths = dict(max_q_length=max(q_lengths), max_kv_length=max(kv_lengths))
-        behind = mosaic_backward_split.BehindNorm(factor, residual)
+        behind = mosaic_backward_q.BehindNorm(factor, residual)
         return mosaic_backward.gdpa_backward_behind_norm(*operands, *where, behind, **lengths, **static, **more)
 
     dx, *_ = jax.jit(functools.partial(run, sms=SMS, interpret=interpreter.RACES))(*operands)
@@ -246,7 +246,7 @@ def test_lowers_behind_a_norm():
 
     def f(*operands):
         *operands, factor, residual = operands
-        behind = mosaic_backward_split.BehindNorm(factor, residual)
+        behind = mosaic_backward_q.BehindNorm(factor, residual)
         return mosaic_backward.gdpa_backward_behind_norm(*operands, behind, **static, sms=132)
 
     factor = jax.ShapeDtypeStruct(q.shape[:1], jnp.float32)
@@ -268,14 +268,12 @@ def test_lowers_with_one_activation_per_head(max_kv_length, activation):
 
 @pytest.mark.parametrize("panels", [1, 2])
 def test_shared_memory_fits(panels):
-    split = mosaic_backward_split
+    behind_norm = mosaic_backward_q.BEHIND_NORM_KV_BLOCK[64 * panels]
     for scratch in (
         mosaic_backward_fused.fused_scratch(jnp.bfloat16, panels, interpret=None),
-        split.dkv_scratch(jnp.bfloat16, panels, stages=2 if panels == 2 else 4, interpret=None),
-        split.dq_scratch(jnp.bfloat16, panels, interpret=None),
-        split.dq_scratch(
-            jnp.bfloat16, panels, kv_block=split.BEHIND_NORM_KV_BLOCK[64 * panels], behind_norm=True, interpret=None
-        ),
+        mosaic_backward_kv.dkv_scratch(jnp.bfloat16, panels, stages=2 if panels == 2 else 4, interpret=None),
+        mosaic_backward_q.dq_scratch(jnp.bfloat16, panels, interpret=None),
+        mosaic_backward_q.dq_scratch(jnp.bfloat16, panels, kv_block=behind_norm, behind_norm=True, interpret=None),
     ):
         assert hopper.shared_bytes(scratch) <= hopper.SHARED_MEMORY
 
