@@ -104,8 +104,7 @@ class SyntheticConfig:
     @classmethod
     def gflops_6(cls, **changes: Any) -> "SyntheticConfig":
         """The stream of the model presets of that size: 128 set tokens, 1000, 250 and 1000 events at most."""
-        # Narrower items make 192 inputs per event, a multiple of 64, for the kernel of the events' MLPs.
-        return cls._production(set_tokens=128, conversions=250, **{"item_width": 60, **changes})
+        return cls._production(set_tokens=128, conversions=250, **changes)
 
     @classmethod
     def gflops_60(cls, **changes: Any) -> "SyntheticConfig":
@@ -116,9 +115,9 @@ class SyntheticConfig:
 
     @classmethod
     def _production(cls, *, set_tokens: int, **changes: Any) -> "SyntheticConfig":
-        # Six tokens are the fields with an effect. 3 × 64 embedding columns, 5 numbers, 2 times and a recency make 200
-        # inputs per event, rows of whole 16 bytes in bfloat16.
-        sizes = dict(max_length=1000, set_noise=set_tokens - 6, event_noise=2, event_numbers=5, width=64)
+        # Six tokens are the fields with an effect. 64 + 2 × 60 embedding columns, 5 numbers, 2 times and a recency make
+        # 192 inputs per event, a multiple of 64, for the kernel of the events' MLPs.
+        sizes = dict(max_length=1000, set_noise=set_tokens - 6, event_noise=2, event_numbers=5, width=64, item_width=60)
         rows = dict(user_rows=100_000, noise_rows=10_000, item_rows=1_000_000)
         return cls(**{**sizes, **rows, **changes})
 

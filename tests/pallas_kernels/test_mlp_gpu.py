@@ -60,7 +60,7 @@ def test_values_and_gradients(N, widths, dtype):
         (100_168, MASKS[0], jnp.float16),
         (65_536, (256, 320, 256), jnp.bfloat16),
         (1_000, (64, 64, 64), jnp.bfloat16),  # fewer tiles than SMs
-        (30_000, (128, 1024, 128), jnp.bfloat16),
+        (30_000, (192, 1024, 192), jnp.bfloat16),
         (2_304_000, MASKS[0], jnp.bfloat16),
     ],
 )
