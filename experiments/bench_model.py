@@ -54,8 +54,8 @@ from pallas_kernels.dispatch import SlowerPathWarning
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "bench_model.json"
 LADDER_BATCH = 512
-# Steps, steps, host batches that are dealt in turn. The first steps' batches make the pinned memory grow that they are
-# copied through: half a second in all, at the sizes of the 6 GFLOP preset.
+# Steps, steps, host batches that are dealt in turn. The first batches make the pinned memory grow that they are copied
+# through, at the sizes of the 6 GFLOP preset half a second long at once.
 WARM_UP, PROFILED, POOL = 10, 3, 2
 H100 = 80 * 1000**3  # bytes, where no device can be asked
 # Kernels inside command buffers have no operation's name in a profile.

@@ -9,7 +9,8 @@ sum of this one, and computes the activation of the next scores while the latter
 one query tile to the next, so a single block of keys is enough for it.
 
 Numerics: scores and sums in float32; weights rounded to v's dtype; tanh, erf and exp are the hardware's or Mosaic's
-approximations, about 2⁻¹¹ of the weight. Every row is written by one store, so two runs give the same bits.
+approximations, about 2⁻¹¹ of the score: of a GELU's weight 2⁻⁷ where the score is −2. Every row is written by one
+store, so two runs give the same bits.
 
 Limits: bfloat16 and float16, D 64 and 128, arrays of at least 128 rows.
 """
