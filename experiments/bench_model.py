@@ -220,7 +220,7 @@ def measure(case: Case, *, steps: int) -> dict[str, Any]:
     # As a training does: the host reads each report while the next step runs. The clock runs from the end of one step
     # to that of another, each with its successor enqueued already.
     waited = start = 0.0
-    report = None
+    report: Any = None
     for k in range(WARM_UP + steps + 1):
         before, last = time.perf_counter(), report
         _, batch = next(stream)
