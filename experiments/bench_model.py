@@ -217,20 +217,7 @@ def measure(case: Case, *, steps: int) -> dict[str, Any]:
     first, step, step_to_profile = programs(case, learner)
     state = first()
     stream = Placed(itertools.cycle(batches), learner.place)
-    # As a training does: the host reads each report while the next step runs. The clock runs from the end of one step
-    # to that of another, each with its successor enqueued already.
-    waited = start = 0.0
-    report: Any = None
-    for k in range(WARM_UP + steps + 1):
-        before, last = time.perf_counter(), report
-        _, batch = next(stream)
-        waited += (time.perf_counter() - before) * (k > WARM_UP)
-        state, report = step(state, batch)
-        jax.block_until_ready(last)
-        if k == WARM_UP:
-            start = time.perf_counter()
-    elapsed = time.perf_counter() - start
-    jax.block_until_ready(report)
+    state, report, elapsed, waited = timed(step, state, stream, steps)
     if not report.healthy:
         raise FloatingPointError(f"{case.name}: the loss is {report.loss}")
 
@@ -259,6 +246,26 @@ def measure(case: Case, *, steps: int) -> dict[str, Any]:
         loss=round(float(report.loss), 4),
         ms_by_module={name: round(s * 1e3, 3) for name, s in modules.items()},
     )
+
+
+def timed(step, state, stream, steps: int) -> tuple[Any, Any, float, float]:
+    """(state, last report, seconds that `steps` steps took, seconds of them that the host waited for batches), behind
+    `WARM_UP` steps. As in a training, the host reads each report while the next step runs. The clock runs from the end
+    of one step to that of another, each with its successor enqueued already.
+    """
+    waited = start = 0.0
+    report: Any = None
+    for k in range(WARM_UP + steps + 1):
+        before, last = time.perf_counter(), report
+        _, batch = next(stream)
+        waited += (time.perf_counter() - before) * (k > WARM_UP)
+        state, report = step(state, batch)
+        jax.block_until_ready(last)
+        if k == WARM_UP:
+            start = time.perf_counter()
+    elapsed = time.perf_counter() - start
+    jax.block_until_ready(report)
+    return state, report, elapsed, waited
 
 
 def _program_bytes(analysis: Any) -> int | None:

@@ -1,6 +1,7 @@
 """The benchmark of whole models: its cases, a toy run from end to end, and where it refuses."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
@@ -66,6 +67,29 @@ def test_separate_norms_are_the_same_block():
         separate = bench_model.gdpa_layer.gdpa_block(q, k, v, **spans)
     np.testing.assert_allclose(separate, gdpa_block(q, k, v, **spans), atol=2e-5)
     assert bench_model.gdpa_layer.gdpa_block is gdpa_block
+
+
+def test_the_clock_leaves_out_the_warm_up(monkeypatch):
+    """On a clock of its own: a batch takes 100 s at first and 2 s later, a step 10 s."""
+    now = 0.0
+
+    def passes(seconds):
+        nonlocal now
+        now += seconds
+
+    def batches():
+        for k in itertools.count():
+            passes(100 if k <= bench_model.WARM_UP else 2)
+            yield None, k
+
+    def step(state, batch):
+        passes(10)
+        return state + 1, batch
+
+    monkeypatch.setattr(bench_model.time, "perf_counter", lambda: now)
+    state, report, elapsed, waited = bench_model.timed(step, 0, batches(), 5)
+    assert (elapsed, waited) == (5 * (2 + 10), 5 * 2)
+    assert report == state - 1 == bench_model.WARM_UP + 5
 
 
 def test_a_toy_run_writes_its_row_and_the_plot(tmp_path):

@@ -1,10 +1,14 @@
 """The presets named by their FLOPs: what they cost by formula, where it goes, and what the kernels need of them."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from kunlun_jax.data.synthetic import SyntheticConfig, make_schema
 from kunlun_jax.flops import model_flops, sequence_share, total
+from kunlun_jax.layers.features import event_inputs
 from kunlun_jax.model_configs import InterFormerConfig, KunlunConfig, WukongConfig
+from pallas_kernels.mlp.api import unsupported
 
 SIZES = (6, 60, 180)
 
@@ -47,7 +51,16 @@ def test_kernels_and_compskip_are_used_to_the_full(size):
     config = preset(KunlunConfig, size)
     assert not config.dead_layers()  # odd depths
     assert config.dtype == "bfloat16"
-    assert all(e.head_width in (64, 128) for e in config.events.values())
+    assert all(e.head_width == (64 if e.width % 128 else 128) for e in config.events.values())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_kernels_take_what_describes_an_event(size):
+    schema = make_schema(preset(SyntheticConfig, size))
+    for event in schema.events:
+        rows, inputs = 1024, event_inputs(schema, event)
+        shapes = (rows, inputs), (inputs, 128), (128,), (128, inputs), (inputs,)
+        assert unsupported(*(jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes), masked=True) is None
 
 
 @pytest.mark.parametrize("size", SIZES)

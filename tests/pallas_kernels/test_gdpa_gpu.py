@@ -120,9 +120,9 @@ def test_values_and_gradients(name, operator):
         assert np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32)), f"{what}: two runs differ"
         assert not np.any(np.asarray(a, np.float32)[~inside[rows]]), f"{what}: not zero outside the samples"
         error, allowed = worst_error(a, c, *where), worst_error(d, c, *where)
-        # One sample has one query and one key, hence one weight, s (1 + tanh) / 2 of a score near −2 in one case: that
-        # the hardware's tanh is right to 2⁻¹¹ then counts fifteenfold.
-        assert error <= max(1.5 * allowed, 5e-3), (
+        # A sample of one query and one key has one weight, s (1 + tanh) / 2 of a score near −2 in one case, where the
+        # hardware's tanh, right to 2⁻¹¹, counts fifteenfold: up to 7.4e-3 of dv.
+        assert error <= max(1.5 * allowed, 5e-3 if what == "v" else 3.5e-3), (
             f"{what}: {error:.2e}, the reference in {shape['dtype']} makes {allowed:.2e}"
         )
 
