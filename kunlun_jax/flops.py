@@ -317,7 +317,10 @@ def _dcnv2(config: DCNv2Config, schema: FeatureSchema) -> dict[str, float]:
 
 
 def _wukong(config: KunlunConfig, inputs: int, outputs: int) -> float:
-    """One layer's experts: linear compression, residual projection, factorisation machine and its MLP."""
+    """One layer's experts: linear compression, residual projection, factorisation machine X (XᵀY) and its MLP.
+
+    As the paper writes them: the layer makes one product of the first two, and of few tokens X Xᵀ first.
+    """
     n = inputs // config.experts if config.expert_inputs == "sliced" else inputs
     m = outputs // config.experts
     n_f = (m + 1) // 2

@@ -170,17 +170,17 @@ def on_mesh(mesh: Mesh, specs: PyTree) -> PyTree:
 # --- exchanges, inside shard_map --------------------------------------------------------------------------------------
 
 
-def to_experts(x: Float[Array, "M B *rest"], held: int) -> Float[Array, "held group_B *rest"]:
+def to_experts(x: Float[Array, "B M *rest"], held: int) -> Float[Array, "group_B held *rest"]:
     """Tokens dealt over M experts, of which this device holds `held`: everyone's tokens for them.
 
     Where all experts are here nothing is exchanged, so the same model code runs without a mesh.
     """
-    return x if held == x.shape[0] else lax.all_to_all(x, EXPERT, 0, 1, tiled=True)
+    return x if held == x.shape[1] else lax.all_to_all(x, EXPERT, 1, 0, tiled=True)
 
 
-def from_experts(x: Float[Array, "held group_B *rest"], experts: int) -> Float[Array, "M B *rest"]:
+def from_experts(x: Float[Array, "group_B held *rest"], experts: int) -> Float[Array, "B M *rest"]:
     """The inverse of `to_experts`: all M experts' results for this device's own samples."""
-    return x if experts == x.shape[0] else lax.all_to_all(x, EXPERT, 1, 0, tiled=True)
+    return x if experts == x.shape[1] else lax.all_to_all(x, EXPERT, 0, 1, tiled=True)
 
 
 # --- placing a batch --------------------------------------------------------------------------------------------------

@@ -249,8 +249,9 @@ class Learner:
         loss, logits, grads, healthy, tables, touched = self._run(state, batch)
         # Between the barriers the optimiser is one pass over its operands, in place, behind all who read the old ones.
         with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(grads)  # in front of the barrier it is the one that `healthy` comes from
             params, grads = lax.optimization_barrier((state.params, grads))
-            updates, optimizer = self.optimizer.update(grads, state.optimizer, params)
+            updates, optimizer = self.optimizer.update(grads, state.optimizer, params, norm=norm)
             keep = partial(jax.tree.map, lambda new, old: jnp.where(healthy, new, old))
             kept = keep((optax.apply_updates(params, updates), optimizer), (params, state.optimizer))
             params, optimizer = lax.optimization_barrier(kept)

@@ -10,7 +10,7 @@ so two runs give the same bits.
 Limits of the kernel: bfloat16 and float16, widths of `WIDTHS`, whole tiles of rows. All else is XLA's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,19 +31,21 @@ def row_pass(
     body: Callable[..., Any],
     *operands: Float[Array, "N F"],
     name: str,
+    values: Sequence[Float[Array, "N"]] = (),
     inside: Bool[Array, "N"] | None = None,
     and_value: bool = False,
 ) -> Any:
-    """body(*operands), row by row, in the dtype of the first operand: [N, F].
+    """body(*operands, *values), row by row, in the dtype of the first operand: [N, F].
 
     body: from float32 rows of any number; sums over a row by `mean` and `along` alone.
+    values: one float32 per row each.
     and_value: body gives (rows, one value per row), and so does this; the values are float32 [N].
     name: of the kernel, in profiles.
     inside: the other rows become zero, whatever they hold.
     """
-    if kernel_takes(*operands):
-        return row_kernel(body, *operands, name=name, inside=inside, and_value=and_value)
-    return row_pass_in_xla(body, *operands, inside=inside, and_value=and_value)
+    if kernel_takes(*operands, and_value=and_value):
+        return row_kernel(body, *operands, name=name, values=values, inside=inside, and_value=and_value)
+    return row_pass_in_xla(body, *operands, values=values, inside=inside, and_value=and_value)
 
 
 def mean(x: Float[Array, "n F"]) -> Float[Array, "n"]:
@@ -70,12 +72,13 @@ def normalise_back(
     return along(factor, d) * (d - along(mean(d), d) - normed * along(mean(d * normed), d))
 
 
-def kernel_takes(*operands: Float[Array, "N F"]) -> bool:
-    """Does the kernel run a pass over these operands, and faster than XLA? A single operand XLA reads as fast."""
+def kernel_takes(*operands: Float[Array, "N F"], and_value: bool = False) -> bool:
+    """Does the kernel run a pass over these operands, and faster than XLA? XLA reads a single operand as fast, but
+    twice where a value per row comes out, too."""
     N, F = operands[0].shape
     known = all(x.dtype in (jnp.bfloat16, jnp.float16) for x in operands)
     fits = F in WIDTHS and N > 0 and N % tile_rows(F) == 0
-    return len(operands) > 1 and known and fits and hopper.unsupported_device() is None
+    return len(operands) + and_value > 1 and known and fits and hopper.unsupported_device() is None
 
 
 def tile_rows(F: int) -> int:
@@ -86,20 +89,22 @@ def tile_rows(F: int) -> int:
 def row_pass_in_xla(
     body: Callable[..., Any],
     *operands: Float[Array, "N F"],
+    values: Sequence[Float[Array, "N"]] = (),
     inside: Bool[Array, "N"] | None = None,
     and_value: bool = False,
 ) -> Any:
     """`row_pass` anywhere."""
-    out = body(*(x.astype(jnp.float32) for x in operands))
-    out, *values = out if and_value else (out,)
+    out = body(*(x.astype(jnp.float32) for x in operands), *values)
+    out, *value = out if and_value else (out,)
     out = (out if inside is None else jnp.where(inside[:, None], out, 0)).astype(operands[0].dtype)
-    return (out, *values) if and_value else out
+    return (out, *value) if and_value else out
 
 
 def row_kernel(
     body: Callable[..., Any],
     *operands: Float[Array, "N F"],
     name: str,
+    values: Sequence[Float[Array, "N"]] = (),
     inside: Bool[Array, "N"] | None = None,
     and_value: bool = False,
     interpret=None,
@@ -113,20 +118,24 @@ def row_kernel(
     vector = next(n for n in (8, 4, 2) if F % (32 * n) == 0)
     tiling = plgpu.Tiling(((WARPS, 32 * vector), (vector,)))
     layout = plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
-    masks = () if inside is None else (inside.astype(jnp.int32),)
-    inputs = vary_together(*operands, *masks)
+    of_rows = (*values, *(() if inside is None else (inside.astype(jnp.int32),)))
+    inputs = vary_together(*operands, *of_rows)
 
     def kernel(*refs):
         rows = pl.ds(lax.axis_index("tile") * tile, tile)
-        loaded = [plgpu.load(x.at[rows], layout=layout, optimized=False) for x in refs[: len(operands)]]
-        out = body(*(x.astype(jnp.float32) for x in loaded))
-        out, *values = out if and_value else (out,)
-        if masks:
-            kept = plgpu.load(refs[len(operands)].at[rows], layout=layout.reduce(1), optimized=False)
-            out = jnp.where(along(kept, out) > 0, out, 0.0)
-        out_gmem, *values_gmem = refs[len(inputs) :]
+
+        def load(refs, layout):
+            return [plgpu.load(x.at[rows], layout=layout, optimized=False) for x in refs]
+
+        loaded = load(refs[: len(operands)], layout)
+        beside = load(refs[len(operands) : len(inputs)], layout.reduce(1))
+        out = body(*(x.astype(jnp.float32) for x in loaded), *beside[: len(values)])
+        out, *value = out if and_value else (out,)
+        if inside is not None:
+            out = jnp.where(along(beside[-1], out) > 0, out, 0.0)
+        out_gmem, *value_gmem = refs[len(inputs) :]
         out_gmem[rows] = out.astype(out_gmem.dtype)
-        for target, x in zip(values_gmem, values, strict=True):
+        for target, x in zip(value_gmem, value, strict=True):
             target[rows] = x
 
     out_type = [jax.ShapeDtypeStruct((N, F), operands[0].dtype)]

@@ -55,13 +55,13 @@ def _products_backward(saved, gradients):
 _products.defvjp(_products_forward, _products_backward)
 
 
-def mix_tokens(weights: Float[Array, "*m o n"], x: Float[Array, "*m B n d"]) -> Float[Array, "*m B o d"]:
+def mix_tokens(weights: Float[Array, "*m o n"], x: Float[Array, "B *m n d"]) -> Float[Array, "B *m o d"]:
     """Σ_n weights[o, n] x[b, n] for every sample b.
 
     As a batched product with the weights repeated: one plain product over the middle axis of x makes XLA transpose x
     before it and the result after it, which costs more than reading weights of about the size of a sample's tokens.
     """
-    return jnp.broadcast_to(weights[..., None, :, :], (*x.shape[:-2], *weights.shape[-2:])) @ x
+    return jnp.broadcast_to(weights, (*x.shape[:-2], *weights.shape[-2:])) @ x
 
 
 class MLP(nnx.Module):

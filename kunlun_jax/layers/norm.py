@@ -1,5 +1,7 @@
 """Normalisation over the feature axis, in float32 whatever the compute type."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -20,7 +22,8 @@ class LayerNorm(nnx.LayerNorm):
     def __call__(self, x: Float[Array, "*rest width"]) -> Float[Array, "*rest width"]:
         assert self.scale is not None  # nnx.LayerNorm can do without; `layer_norm` makes none of those
         assert self.bias is not None
-        return norm_of_groups(x[None], self.scale[None], self.bias[None]).astype(self.dtype)[0]
+        rows = x.reshape(-1, 1, x.shape[-1])
+        return norm_of_groups(rows, self.scale[None], self.bias[None]).astype(self.dtype).reshape(x.shape)
 
 
 def layer_norm(width: int, *, dtype: str, rngs: nnx.Rngs) -> LayerNorm:
@@ -29,10 +32,11 @@ def layer_norm(width: int, *, dtype: str, rngs: nnx.Rngs) -> LayerNorm:
 
 
 def norm_of_groups(
-    x: Float[Array, "M *rest width"], scale: Float[Array, "M width"], bias: Float[Array, "M width"]
-) -> Float[Array, "M *rest width"]:
-    """LayerNorm of M groups of rows, each with a scale and a bias of its own; float32."""
-    return _layer_norm(x.reshape(x.shape[0], -1, x.shape[-1]), scale, bias).reshape(x.shape)
+    x: Float[Array, "B M *rest width"], scale: Float[Array, "M width"], bias: Float[Array, "M width"]
+) -> Float[Array, "B M *rest width"]:
+    """LayerNorm of the rows of M groups in each sample, each group with a scale and a bias of its own; float32."""
+    rows = x.reshape(*x.shape[:2], -1, x.shape[-1])
+    return _layer_norm(rows, scale[:, None], bias[:, None]).reshape(x.shape)
 
 
 def split_norm(x: Float[Array, "*rest width"]) -> tuple[Float[Array, "*rest width"], Float[Array, "*rest width"]]:
@@ -68,42 +72,35 @@ _split_norm.defvjp(_split_norm_forward, _split_norm_backward)
 
 @jax.custom_vjp
 def _layer_norm(x, scale, bias):
-    rows, scale, bias = _rows(x, scale, bias)
-    mean, factor = _statistics(rows)
-    return ((rows.astype(jnp.float32) - mean) * factor * scale + bias).reshape(x.shape)
+    return _forward(x, scale, bias)[0]
 
 
 def _forward(x, scale, bias):
-    return _layer_norm(x, scale, bias), (x, scale)
+    # The barrier keeps what made x out of the pass: XLA holds rows of an array in registers.
+    rows = lax.optimization_barrier(x.reshape(-1, x.shape[-1]))
+    normed, factor = row_pass(lambda x: normalise(x, EPSILON), rows, name="layer_norm", and_value=True)
+    normed = normed.reshape(x.shape)
+    return normed.astype(jnp.float32) * scale + bias, (normed, factor, scale)
 
 
 def _backward(residuals, d):
-    x, scale = residuals
-    rows, d_rows, along = _rows(x, d, scale)
-    mean, factor = _statistics(rows)
-    dx = _to_rows(d_rows * along, (rows.astype(jnp.float32) - mean) * factor, factor)
-    # The barrier keeps the sums over columns from asking the pass over rows for a float32 array of products.
-    mean_again, factor_again = lax.optimization_barrier((mean, factor))
-    normed = ((rows.astype(jnp.float32) - mean_again) * factor_again).reshape(x.shape)
-    return dx.astype(x.dtype).reshape(x.shape), jnp.sum(d * normed, axis=1), jnp.sum(d, axis=1)
+    normed, factor, scale = residuals
+    # In the operands' dtype, so that no float32 array of all rows goes from the sums over columns to the rows' pass.
+    d_normed = (d * scale).astype(normed.dtype)
+    d_scale, d_bias = _over_samples(d * normed.astype(jnp.float32)), _over_samples(d)
+    rows = lax.optimization_barrier([y.reshape(-1, y.shape[-1]) for y in (normed, d_normed)])
+    dx = row_pass(
+        lambda normed, d, factor: normalise_back(d, normed, factor), *rows, values=(factor,), name="layer_norm_backward"
+    )
+    return dx.reshape(normed.shape), d_scale, d_bias
 
 
 _layer_norm.defvjp(_forward, _backward)
 
 
-def _rows(x, *others):
-    """[M, R, F] and what broadcasts to it as rows [M·R, F]: XLA keeps a row in registers over the last of two axes."""
-    others = (y[:, None] if y.ndim < x.ndim else y for y in others)
-    return tuple(jnp.broadcast_to(y, x.shape).reshape(-1, x.shape[-1]) for y in (x, *others))
-
-
-def _to_rows(d, normed, factor):
-    """The gradient of rows, from that of their normalised form."""
-    return factor * (d - jnp.mean(d, axis=1, keepdims=True) - normed * jnp.mean(d * normed, axis=1, keepdims=True))
-
-
-def _statistics(x):
-    """The mean of each row and one over its standard deviation, [rows, 1] float32."""
-    x = x.astype(jnp.float32)
-    mean = jnp.mean(x, axis=1, keepdims=True)
-    return mean, lax.rsqrt(jnp.mean((x - mean) ** 2, axis=1, keepdims=True) + EPSILON)
+def _over_samples(x):
+    """Sums of all rows of a group, [B, M, R, F] → [M, 1, F]."""
+    if x.shape[2] == 1:  # XLA would leave few columns of up to 4096 rows to few threads
+        x = x.reshape(math.gcd(x.shape[0], 32), -1, *x.shape[1:])
+        x = lax.optimization_barrier(x.sum(axis=1))
+    return x.sum(axis=0).sum(axis=1, keepdims=True)

@@ -4,8 +4,8 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float
 
 from kunlun_jax.layers.mlp import cast, mix_tokens
@@ -13,6 +13,8 @@ from kunlun_jax.layers.norm import norm_of_groups
 from kunlun_jax.sharding import ExpertParam, from_experts, to_experts
 
 ExpertInputs = Literal["sliced", "all"]
+
+FEW_TOKENS = 128  # up to here XXᵀ is bound by memory on an H100
 
 
 class WukongExperts(nnx.Module):
@@ -79,31 +81,52 @@ class WukongExperts(nnx.Module):
 
     def __call__(self, x: Float[Array, "B n_in d"]) -> Float[Array, "B n_out d"]:
         tokens = to_experts(self._deal(x.astype(self.dtype)), self.factor.shape[0])
-        maps = cast(self.dtype, self.factor, self.residual)
-        maps[0] = maps[0].mT
-        if hasattr(self, "linear_compression"):
-            maps += cast(self.dtype, self.linear_compression)
-        # All maps of the token axis are one product.
-        sizes = np.cumsum([m.shape[1] for m in maps])
-        factors, residual, *linear = jnp.split(mix_tokens(jnp.concatenate(maps, axis=1), tokens), sizes[:-1], axis=2)
-        parts = [self._factorisation(tokens, factors), *linear]
-        out = _layer_norm(jnp.concatenate(parts, axis=2) + residual, self.scale, self.bias, self.dtype)
-        out = from_experts(out, self.experts)
-        return out.transpose(1, 0, 2, 3).reshape(x.shape[0], -1, self.width)
+        kept = self.residual[...]
+        if hasattr(self, "linear_compression"):  # both are linear in the tokens: one product with the sum of the maps
+            kept = kept.at[:, self.n_f :].add(self.linear_compression[...])
+        made = jnp.pad(self._factorisation(tokens), ((0, 0), (0, 0), (0, kept.shape[1] - self.n_f), (0, 0)))
+        out = _layer_norm(made + mix_tokens(kept.astype(self.dtype), tokens), self.scale, self.bias, self.dtype)
+        return from_experts(out, self.experts).reshape(x.shape[0], -1, self.width)
 
-    def _deal(self, x: Float[Array, "B n_in d"]) -> Float[Array, "M B n d"]:
+    def _deal(self, x: Float[Array, "B n_in d"]) -> Float[Array, "B M n d"]:
         if self.expert_inputs == "all":
-            return jnp.broadcast_to(x, (self.experts, *x.shape))
-        return x.reshape(x.shape[0], -1, self.experts, self.width).transpose(2, 0, 1, 3)
+            return jnp.broadcast_to(x[:, None], (x.shape[0], self.experts, *x.shape[1:]))
+        return x.reshape(x.shape[0], -1, self.experts, self.width).swapaxes(1, 2)
 
-    def _factorisation(self, x: Float[Array, "M B n d"], factors: Float[Array, "M B k d"]) -> Float[Array, "M B n_f d"]:
-        """FMB of tokens X, given Yᵀ X."""
-        w_in, b_in, w_out, b_out = cast(self.dtype, self.fm_in, self.fm_in_bias, self.fm_out, self.fm_out_bias)
-        fm = jnp.einsum("mbnd,mbkd->mbnk", x, factors)
+    def _factorisation(self, x: Float[Array, "B M n d"]) -> Float[Array, "B M n_f d"]:
+        """FMB of tokens X."""
+        y, w_in, w_out = cast(self.dtype, self.factor, self.fm_in, self.fm_out)
+        fm = factorisation_machine(x, y)
         fm = _layer_norm(fm.reshape(*fm.shape[:2], -1), self.fm_scale, self.fm_bias, self.dtype)
-        hidden = nnx.silu(jnp.einsum("mbi,mih->mbh", fm, w_in) + b_in)
-        out = jnp.einsum("mbh,mho->mbo", hidden, w_out) + b_out
+        b_in, b_out = (b[:, 0] for b in cast(self.dtype, self.fm_in_bias, self.fm_out_bias))
+        hidden = nnx.silu(_of_experts(fm, w_in) + b_in)
+        out = _of_experts(hidden, w_out) + b_out
         return out.reshape(*out.shape[:2], self.n_f, self.width)
+
+
+def factorisation_machine(x: Float[Array, "B M n d"], y: Float[Array, "M n k"]) -> Float[Array, "B M n k"]:
+    """X Xᵀ Y of every sample and expert.
+
+    Of few tokens XXᵀ comes first: it has more FLOPs than X (XᵀY), but reads X once instead of twice, and its gradient
+    writes that of X once.
+    """
+    if x.shape[2] <= FEW_TOKENS:
+        return _gram(x) @ jnp.broadcast_to(y, (x.shape[0], *y.shape))
+    return jnp.einsum("bmnd,bmkd->bmnk", x, mix_tokens(y.mT, x))
+
+
+@jax.custom_vjp
+def _gram(x: Float[Array, "*rest n d"]) -> Float[Array, "*rest n n"]:
+    return jnp.einsum("...id,...jd->...ij", x, x)
+
+
+# XXᵀ is symmetric in its two factors, so one product with both gradients' sum is enough.
+_gram.defvjp(lambda x: (_gram(x), x), lambda x, d: ((d + d.mT) @ x,))
+
+
+def _of_experts(x: Float[Array, "B M i"], weights: Float[Array, "M i o"]) -> Float[Array, "B M o"]:
+    """Each expert's product. jnp.einsum makes it [M, o, B], which costs a transposition."""
+    return lax.dot_general(x, weights, (((2,), (1,)), ((1,), (0,)))).swapaxes(0, 1)
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> ExpertParam:
@@ -111,7 +134,7 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> ExpertParam
 
 
 def _layer_norm(x, scale, bias, dtype):
-    """LayerNorm over the last axis, eps 1e-5, a scale and a bias per expert, the leading axis."""
+    """LayerNorm over the last axis, eps 1e-5, a scale and a bias per expert, the second axis."""
     scale, bias = (y[...].reshape(y.shape[0], -1) for y in (scale, bias))
     return norm_of_groups(x, scale, bias).astype(dtype)
 

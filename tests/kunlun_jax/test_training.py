@@ -107,10 +107,21 @@ def test_weight_decay_spares_vectors():
     flat = FlatParameters(params)
     optimizer = dense_optimizer(OptimizerConfig(weight_decay=0.5), 4, flat)
     raveled, zero = flat.ravel(params), flat.ravel(jax.tree.map(jnp.zeros_like, params))
-    updates = flat.unravel(optimizer.update(zero, optimizer.init(raveled), raveled)[0])
+    updates = flat.unravel(optimizer.update(zero, optimizer.init(raveled), raveled, norm=0.0)[0])
     assert (updates["matrix"] < 0).all()
     assert (updates["a_bias"] == 0).all()
     assert (updates["z_bias"] == 0).all()
+
+
+@pytest.mark.parametrize(("norm", "kept"), [(0.5, 1.0), (4.0, 0.5)])
+def test_gradients_are_clipped_by_the_norm_that_is_given(norm, kept):
+    params = {"matrix": jnp.ones((2, 2))}
+    flat = FlatParameters(params)
+    optimizer = dense_optimizer(OptimizerConfig(clip_norm=2.0, beta1=0.0), 4, flat)
+    raveled, grads = flat.ravel(params), flat.ravel({"matrix": jnp.full((2, 2), 3.0)})
+    _, state = optimizer.update(grads, optimizer.init(raveled), raveled, norm=jnp.asarray(norm))
+    moment = next(x.mu for x in state if hasattr(x, "mu"))
+    np.testing.assert_allclose(flat.unravel(moment)["matrix"], 3.0 * kept, rtol=1e-6)
 
 
 def test_raveling_keeps_the_experts_apart_and_is_undone():

@@ -59,6 +59,19 @@ def test_values_of_rows_beside_them():
     np.testing.assert_allclose(kernel[1], xla[1], rtol=1e-5)
 
 
+def test_values_are_given_to_the_pass_row_by_row():
+    operands, value, inside = arrays(2, 8, 256, jnp.bfloat16), jnp.arange(8, dtype=jnp.float32), jnp.arange(8) < 6
+
+    def body(x, y, value):
+        return x + rows.along(value, y) * y
+
+    kernel = rows.row_kernel(body, *operands, name="rows", values=(value,), inside=inside, interpret=interpreter.RACES)
+    xla = rows.row_pass(body, *operands, name="rows", values=(value,), inside=inside)
+    wide = operands[0].astype(jnp.float32) + value[:, None] * operands[1].astype(jnp.float32)
+    np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (kernel, xla)))
+    np.testing.assert_array_equal(np.asarray(xla), np.where(inside[:, None], wide, 0).astype(jnp.bfloat16))
+
+
 def test_the_pass_is_automatic_differentiation_of_its_definition():
     x, d_residual, d = arrays(3, 5, 12, jnp.float32)
 
@@ -105,6 +118,8 @@ def test_calls_that_gain_take_the_kernel(N, F, dtype, taken, on_hopper, monkeypa
     got = rows.row_pass(back, x, x, x, name="rows")
     assert isinstance(got, str) == taken
     assert not isinstance(rows.row_pass(lambda x: x, x, name="rows"), str)  # a single operand is XLA's
+    with_value = rows.row_pass(lambda x: (x, rows.mean(x)), x, name="rows", and_value=True)
+    assert isinstance(with_value, str) == taken
 
 
 def test_other_devices_keep_xla():
@@ -131,6 +146,15 @@ def test_values_beside_rows_are_lowered(on_hopper):
         return rows.row_pass(lambda a, b: (a + b, rows.mean(a * b)), *x, name="rows", and_value=True)
 
     assert "mosaic_gpu" in interpreter.lower_for_hopper(f, x, x)
+
+
+def test_values_given_to_rows_are_lowered(on_hopper):
+    x, value = jax.ShapeDtypeStruct((1000, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((1000,), jnp.float32)
+
+    def f(a, b, value):
+        return rows.row_pass(lambda a, b, v: a + rows.along(v, b) * b, a, b, name="rows", values=(value,))
+
+    assert "mosaic_gpu" in interpreter.lower_for_hopper(f, x, x, value)
 
 
 def test_several_shards_are_lowered(on_hopper):

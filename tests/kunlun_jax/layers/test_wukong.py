@@ -1,11 +1,15 @@
 """Wukong experts equal their formula expert by expert; how tokens are dealt; what is refused."""
 
+import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import plain
 import pytest
 from flax import nnx
 
-from kunlun_jax.layers.wukong import WukongExperts
+from kunlun_jax.layers import wukong as layer
+from kunlun_jax.layers.wukong import WukongExperts, factorisation_machine
 
 WIDTH, RANK, HIDDEN, M = 5, 3, 7, 2
 
@@ -24,7 +28,7 @@ def build(inputs=8, outputs=6, *, experts=M, expert_inputs="sliced"):
     )
 
 
-def wukong(module, e, x):
+def expected_expert(module, e, x):
     """Expert e of one sample on its own tokens [n, d]: LN(concat(FMB, LCB) + Res)."""
     of = {name: plain.array(getattr(module, name))[e] for name in ("factor", "fm_in", "fm_out", "residual")}
     y = of["factor"]
@@ -47,8 +51,26 @@ def test_experts_are_wukong_blocks_on_the_tokens_dealt_to_them(outputs, experts,
     out = np.asarray(plain.run(module, x))
     for b in range(3):
         dealt = [x[b] if expert_inputs == "all" else x[b, e::experts] for e in range(experts)]
-        expected = np.concatenate([wukong(module, e, tokens) for e, tokens in enumerate(dealt)])
+        expected = np.concatenate([expected_expert(module, e, tokens) for e, tokens in enumerate(dealt)])
         np.testing.assert_allclose(out[b], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("few", [3, 4])
+def test_the_factorisation_machine_is_its_formula_in_both_orders(few, monkeypatch):
+    monkeypatch.setattr(layer, "FEW_TOKENS", few)
+    x, y, weights = (
+        jax.random.normal(jax.random.key(seed), shape)
+        for seed, shape in enumerate([(3, 2, 4, 5), (2, 4, 3), (3, 2, 4, 3)])
+    )
+
+    def formula(x, y):
+        return jnp.einsum("bmid,bmjd,mjk->bmik", x, x, y)
+
+    def gradients(function):
+        return jax.grad(lambda *operands: jnp.sum(weights * function(*operands)), argnums=(0, 1))(x, y)
+
+    np.testing.assert_allclose(factorisation_machine(x, y), formula(x, y), rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(gradients(factorisation_machine), gradients(formula), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("expert_inputs", ["sliced", "all"])
