@@ -113,8 +113,8 @@ def dense_optimizer(config: OptimizerConfig, steps: int, flat: FlatParameters) -
     `update` takes the gradients' `norm`, since who asks whether they are finite has it already.
     """
 
-    def clip(updates, state, params=None, *, norm):
-        factor = config.clip_norm / jnp.maximum(norm, config.clip_norm)
+    def clip(updates, state, params=None, **given):
+        factor = config.clip_norm / jnp.maximum(given["norm"], config.clip_norm)
         return jax.tree.map(lambda g: g * factor, updates), state
 
     def decay(updates, params):
@@ -125,7 +125,7 @@ def dense_optimizer(config: OptimizerConfig, steps: int, flat: FlatParameters) -
         return {group: of_group(group) for group in updates}
 
     return optax.chain(
-        optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), clip),
+        optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), clip),
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2),
         optax.stateless(decay),
         optax.scale_by_learning_rate(schedule(config, config.learning_rate, steps)),
