@@ -12,7 +12,8 @@ buffers, inside which a profile knows no operations, for the time per module. Wa
 waits for the next batch while a step runs. MFU counts the products of the real events by formula
 (kunlun_jax/flops.py), three times the forward ones, recomputation not, against 989 TFLOP/s. The ladder adds one
 optimisation after the other to the model of 6 GFLOPs at fill 0.5; where it pads, every sequence is as long as its
-maximum, which is what padded code computes, and only the real events count. Results go to
+maximum, which is what padded code computes, and only the real events count. Beside the times are the SM clock and the
+power while they were taken: under its power limit a GPU lowers its clock, one card more than another. Results go to
 experiments/results/bench_model.json after every case.
 """
 
@@ -23,6 +24,7 @@ import json
 import math
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -101,7 +103,7 @@ class Case:
 def cases() -> list[Case]:
     """Every preset, fill and model, then the ladder. Kunlun's operators are named, so that none is slower unnoticed."""
     # Nearly what 80 GB hold, by fill: (1.0, 0.5).
-    batches = {("6", "kunlun"): (2816, 4096), ("60", "kunlun"): (496, 736), ("180", "kunlun"): (184, 256),
+    batches = {("6", "kunlun"): (2816, 4096), ("60", "kunlun"): (496, 736), ("180", "kunlun"): (200, 272),
                ("6", "interformer"): (1024, 1024), ("60", "interformer"): (256, 256),
                ("180", "interformer"): (128, 128), ("6", "wukong"): (512, 512)}  # fmt: skip
     configs = {"kunlun": KunlunConfig, "interformer": InterFormerConfig, "wukong": WukongConfig}
@@ -217,7 +219,8 @@ def measure(case: Case, *, steps: int) -> dict[str, Any]:
     first, step, step_to_profile = programs(case, learner)
     state = first()
     stream = Placed(itertools.cycle(batches), learner.place)
-    state, report, elapsed, waited = timed(step, state, stream, steps)
+    with clock_and_power() as card:
+        state, report, elapsed, waited = timed(step, state, stream, steps)
     if not report.healthy:
         raise FloatingPointError(f"{case.name}: the loss is {report.loss}")
 
@@ -239,6 +242,7 @@ def measure(case: Case, *, steps: int) -> dict[str, Any]:
         samples_per_second=round(rate, 1),
         mfu=round(mfu(rate, training_flops(flops), PEAK_FLOPS["H100"]), 4),
         data_wait=round(waited / elapsed, 4),
+        **card,
         peak_bytes=stats.get("peak_bytes_in_use"),
         program_bytes=_program_bytes(analysis),
         estimated_bytes=needed.total,
@@ -266,6 +270,27 @@ def timed(step, state, stream, steps: int) -> tuple[Any, Any, float, float]:
     elapsed = time.perf_counter() - start
     jax.block_until_ready(report)
     return state, report, elapsed, waited
+
+
+@contextlib.contextmanager
+def clock_and_power() -> Iterator[dict[str, float]]:
+    """The first GPU's mean SM clock in MHz and power in W over the second half of what runs inside, there when it ends;
+    nothing without nvidia-smi."""
+    found: dict[str, float] = {}
+    if shutil.which("nvidia-smi") is None:
+        yield found
+        return
+    query = ["--id=0", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "--loop-ms=100"]
+    with subprocess.Popen(["nvidia-smi", *query], stdout=subprocess.PIPE, text=True) as watcher:
+        assert watcher.stdout is not None
+        try:
+            yield found
+        finally:
+            watcher.terminate()
+        samples = re.findall(r"^([\d.]+), ([\d.]+)\n", watcher.stdout.read(), re.MULTILINE)
+    if samples:
+        clock, power = np.mean(np.asarray(samples[len(samples) // 2 :], float), axis=0)
+        found |= dict(sm_clock_mhz=round(float(clock)), power_w=round(float(power)))
 
 
 def _program_bytes(analysis: Any) -> int | None:

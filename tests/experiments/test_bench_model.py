@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 import sys
+import time
 
 import jax
 import pytest
@@ -90,6 +91,24 @@ def test_the_clock_leaves_out_the_warm_up(monkeypatch):
     state, report, elapsed, waited = bench_model.timed(step, 0, batches(), 5)
     assert (elapsed, waited) == (5 * (2 + 10), 5 * 2)
     assert report == state - 1 == bench_model.WARM_UP + 5
+
+
+def test_clock_and_power_are_means_over_the_second_half(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    started = tmp_path / "started"
+    lines = r"900, 100.0\n1500, [N/A]\n1600, 690.0\n1700, 694.0\n17"
+    tool.write_text(f"#!/bin/sh\nprintf '{lines}'\ntouch {started}\nexec sleep 60\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with bench_model.clock_and_power() as card:
+        while not started.exists():
+            time.sleep(0.01)
+        assert card == {}
+    assert card == {"sm_clock_mhz": 1650, "power_w": 692}
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with bench_model.clock_and_power() as card:
+        pass
+    assert card == {}
 
 
 def test_a_toy_run_writes_its_row_and_the_plot(tmp_path):
