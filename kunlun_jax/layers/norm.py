@@ -34,7 +34,10 @@ def layer_norm(width: int, *, dtype: str, rngs: nnx.Rngs) -> LayerNorm:
 def norm_of_groups(
     x: Float[Array, "B M *rest width"], scale: Float[Array, "M width"], bias: Float[Array, "M width"]
 ) -> Float[Array, "B M *rest width"]:
-    """LayerNorm of the rows of M groups in each sample, each group with a scale and a bias of its own; float32."""
+    """LayerNorm of the rows of M groups in each sample, each group with a scale and a bias of its own; float32.
+
+    What is scaled, and kept for the gradient, are the normalised rows in x's dtype.
+    """
     rows = x.reshape(*x.shape[:2], -1, x.shape[-1])
     return _layer_norm(rows, scale[:, None], bias[:, None]).reshape(x.shape)
 
