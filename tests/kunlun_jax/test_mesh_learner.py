@@ -30,7 +30,7 @@ from kunlun_jax.sharding import BATCH, REPLICATED, ParallelConfig, experts_of, m
 from kunlun_jax.training import Learner, NonFiniteLoss
 
 SAMPLES, STEPS, RATE = 16, 3, 0.5
-SETTINGS = OptimizerConfig(table_learning_rate=0.1)
+SETTINGS = OptimizerConfig(table_learning_rate=0.1, clip_norm=0.01)
 SCHEMA = dataclasses.replace(small_schema(max_length=4), events=small_schema(max_length=4).events[:1])
 
 
@@ -260,10 +260,11 @@ def test_kunlun_itself_runs_on_a_mesh():
     np.testing.assert_allclose(own_rows(report.logits), gradients.logits, rtol=1e-4, atol=1e-5)
     # AdamW's first moment is (1 - β1) times the clipped gradient.
     norm = float(optax.tree.norm(gradients.flat))
+    assert norm > SETTINGS.clip_norm
     moment = next(
         x.mu for x in jax.tree.leaves(state.optimizer, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(x, "mu")
     )
-    factor = (1 - SETTINGS.beta1) * min(1, SETTINGS.clip_norm / norm)
+    factor = (1 - SETTINGS.beta1) * SETTINGS.clip_norm / norm
     for group, grad in gradients.flat.items():
         np.testing.assert_allclose(moment[group], factor * grad, rtol=1e-3, atol=1e-6 * factor * norm, err_msg=group)
 

@@ -69,6 +69,7 @@ def test_the_factorisation_machine_is_its_formula_in_both_orders(few, monkeypatc
     def gradients(function):
         return jax.grad(lambda *operands: jnp.sum(weights * function(*operands)), argnums=(0, 1))(x, y)
 
+    assert ("[3,2,4,4]" in str(jax.make_jaxpr(lambda x, y: factorisation_machine(x, y))(x, y))) == (few == 4)
     np.testing.assert_allclose(factorisation_machine(x, y), formula(x, y), rtol=1e-4, atol=1e-4)
     chex.assert_trees_all_close(gradients(factorisation_machine), gradients(formula), rtol=1e-4, atol=1e-4)
 
