@@ -121,7 +121,7 @@ def embed(
             raise ValueError(f"embed: {what} lack the tables {missing}; pass what look_up returned for this schema")
 
     single = {name: field.table for name, field in _fields(schema) if field.max_ids == 1}
-    read = {table: _read_together(rows[table], plans[table].places, single) for table in set(single.values())}
+    read = {table: _read_together(rows[table], plans[table].places, single) for table in dict.fromkeys(single.values())}
 
     def embedded(name: str, field: SparseField):
         if name in single:

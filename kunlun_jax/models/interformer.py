@@ -12,6 +12,7 @@ tokens. Gating(X) = X ⊙ σ(MLP(X)), the usual reading of the printed σ(X ⊙ 
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -217,21 +218,31 @@ class InterFormer(nnx.Module):
         self.head = MLP(inputs, config.head_hidden, len(schema.tasks), **common)
 
     def __call__(self, batch: EmbeddedBatch) -> Float[Array, "B tasks"]:
-        x = self.set_tokens(batch).astype(self.config.dtype)
-        sequences = {e.name: self.event_tokens[e.name](batch.events[e.name]) for e in self.events}
+        with jax.named_scope("set_tokens"):
+            x = self.set_tokens(batch).astype(self.config.dtype)
+        sequences = {}
+        for event in self.events:
+            with jax.named_scope(f"{event.name}.event_tokens"):
+                sequences[event.name] = self.event_tokens[event.name](batch.events[event.name])
         angles: dict[str, Any] = {}
         for number, layer in enumerate(self.layers):
-            x_sum = layer.set_summary(x) if hasattr(layer, "set_summary") else None
+            with jax.named_scope("interaction"):
+                x_sum = layer.set_summary(x) if hasattr(layer, "set_summary") else None
             if number == 0:
                 sequences = {e.name: self.begin(e, sequences[e.name], x_sum, x.shape[0]) for e in self.events}
                 angles = {name: rotary_angles(s, self.config.head_width, "none") for name, s in sequences.items()}
             told = [self.told(e, layer.summaries[e.name], sequences, batch) for e in self.events if layer.summaries]
-            x = layer.interaction(jnp.concatenate([x, *told], axis=1))
+            with jax.named_scope("interaction"):
+                x = layer.interaction(jnp.concatenate([x, *told], axis=1))
             for name in sequences:
-                sequences[name] = layer.attend[name](layer.ffns[name](sequences[name], x_sum), angles[name])
+                with jax.named_scope(f"{name}.pffn"):
+                    mixed = layer.ffns[name](sequences[name], x_sum)
+                with jax.named_scope(f"{name}.attention"):
+                    sequences[name] = layer.attend[name](mixed, angles[name])
         told = [self.told(e, self.summaries[e.name], sequences, batch) for e in self.events]
-        summary = jnp.concatenate([self.set_summary(x), *told], axis=1)
-        return self.head(summary.reshape(x.shape[0], -1)).astype(jnp.float32)
+        with jax.named_scope("head"):
+            summary = jnp.concatenate([self.set_summary(x), *told], axis=1)
+            return self.head(summary.reshape(x.shape[0], -1)).astype(jnp.float32)
 
     def begin(self, event: EventType, sequence: Jagged, x_sum: Any, samples: int) -> Jagged:
         """The sequence with its CLS tokens in front: X_sum, or learned ones where the set side stays silent."""
@@ -249,4 +260,5 @@ class InterFormer(nnx.Module):
 
     def told(self, event: EventType, summary: SequenceSummary, sequences, batch) -> Any:
         """A sequence's summary for every sample, [B, n, d]."""
-        return to_samples(summary(sequences[event.name]), batch.request_index, event.scope)
+        with jax.named_scope(f"{event.name}.seed_pooling"):
+            return to_samples(summary(sequences[event.name]), batch.request_index, event.scope)

@@ -7,6 +7,7 @@
 Layer l sees interactions of up to 2^l inputs. Behaviour sequences enter as pooled set features, as in the paper.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -106,8 +107,11 @@ class Wukong(nnx.Module):
         self.head = MLP(tokens[-1] * config.width, config.head_hidden, len(schema.tasks), **common)
 
     def __call__(self, batch: EmbeddedBatch) -> Float[Array, "B tasks"]:
-        x, pooled = self.set_tokens(batch), self.pooled(batch)
-        x = (x if pooled is None else jnp.concatenate([x, pooled], axis=1)).astype(self.config.dtype)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x.reshape(x.shape[0], -1)).astype(jnp.float32)
+        with jax.named_scope("set_tokens"):
+            x, pooled = self.set_tokens(batch), self.pooled(batch)
+            x = (x if pooled is None else jnp.concatenate([x, pooled], axis=1)).astype(self.config.dtype)
+        with jax.named_scope("interaction"):
+            for layer in self.layers:
+                x = layer(x)
+        with jax.named_scope("head"):
+            return self.head(x.reshape(x.shape[0], -1)).astype(jnp.float32)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import re
 import sys
 import time
 
@@ -17,6 +18,8 @@ from bench_model import RUNGS, cases, host_batches, ladder, main, plot, toy_case
 
 from kunlun_jax.data.synthetic import make_schema
 from kunlun_jax.flops import model_flops, total
+from kunlun_jax.memory import abstract_batch
+from kunlun_jax.model_configs import InterFormerConfig, KunlunConfig, WukongConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -147,6 +150,19 @@ def test_a_case_that_does_not_fit_says_so_and_costs_no_other(tmp_path, capsys, m
 )
 def test_scopes_become_modules(scope, module):
     assert bench_model._module(scope) == module
+
+
+@pytest.mark.parametrize("model", ["kunlun", "interformer", "wukong"])
+def test_every_model_names_its_modules(model):
+    stream = toy_cases()[0].stream
+    schema = make_schema(stream)
+    config = {"kunlun": KunlunConfig, "interformer": InterFormerConfig, "wukong": WukongConfig}[model].tiny(schema)
+    learner = bench_model.learner_of(bench_model.Case("toy", model, config, stream, 4, 1.0))
+    lowered = learner.train_step.lower(learner.abstract_state(), abstract_batch(schema, 4))
+    modules = {bench_model._module(scope) for scope in re.findall(r'"(jit\([^"]+)"', lowered.as_text(debug_info=True))}
+    wanted = {"set_tokens", "interaction", "head", "tables", "optimizer"}
+    parts = ("event_tokens", "pffn", "attention", "seed_pooling") if model != "wukong" else ()
+    assert modules >= wanted | {f"{event.name}.{part}" for event in schema.events for part in parts}
 
 
 def test_bytes_are_told_without_a_gpu(capsys):

@@ -1,6 +1,9 @@
 """The training step against its definition, and what it does when a number is not finite."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import chex
 import jax
@@ -111,6 +114,33 @@ def test_weight_decay_spares_vectors():
     assert (updates["matrix"] < 0).all()
     assert (updates["a_bias"] == 0).all()
     assert (updates["z_bias"] == 0).all()
+
+
+LOWERED = """
+import hashlib
+import numpy as np
+from batches import random_batch, small_schema
+from flax import nnx
+from kunlun_jax import Kunlun, KunlunConfig
+from kunlun_jax.optimizer import OptimizerConfig
+from kunlun_jax.training import Learner
+schema = small_schema()
+model = nnx.eval_shape(lambda: Kunlun(KunlunConfig.tiny(schema), schema, rngs=nnx.Rngs(0)))
+learner = Learner(model, schema, OptimizerConfig(), steps=3)
+step = learner.train_step.lower(learner.abstract_state(), random_batch(schema, np.random.default_rng(0)))
+print(hashlib.sha256(step.as_text().encode()).hexdigest())
+"""
+
+
+def test_every_process_makes_the_same_program_or_a_second_start_would_not_find_it_compiled():
+    def start(seed):  # of the order in which sets of strings are walked through
+        env = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.Popen([sys.executable, "-W", "ignore", "-c", LOWERED], env=env, stdout=subprocess.PIPE)
+
+    processes = [start(seed) for seed in ("1", "4")]
+    first, second = (process.communicate(timeout=300)[0] for process in processes)
+    assert first == second
+    assert len(first.strip()) == 64
 
 
 @pytest.mark.parametrize(("norm", "kept"), [(0.5, 1.0), (4.0, 0.5)])
