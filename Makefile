@@ -19,7 +19,7 @@ train: $(READY)
 	@$(PYTHON) experiments/train.py movielens --resume
 
 test: $(READY)
-	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu"
+	@$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Side by side: a test takes its time on the host, tracing and compiling.
 test-gpu: $(READY)

@@ -91,10 +91,8 @@ def _backward(residuals, d):
     # In the operands' dtype, so that no float32 array of all rows goes from the sums over columns to the rows' pass.
     d_normed = (d * scale).astype(normed.dtype)
     d_scale, d_bias = _over_samples(d * normed.astype(jnp.float32)), _over_samples(d)
-    rows = lax.optimization_barrier([y.reshape(-1, y.shape[-1]) for y in (normed, d_normed)])
-    dx = row_pass(
-        lambda normed, d, factor: normalise_back(d, normed, factor), *rows, values=(factor,), name="layer_norm_backward"
-    )
+    rows = lax.optimization_barrier([y.reshape(-1, y.shape[-1]) for y in (d_normed, normed)])
+    dx = row_pass(normalise_back, *rows, values=(factor,), name="layer_norm_backward")
     return dx.reshape(normed.shape), d_scale, d_bias
 
 

@@ -104,24 +104,24 @@ class WukongExperts(nnx.Module):
         return out.reshape(*out.shape[:2], self.n_f, self.width)
 
 
-def factorisation_machine(x: Float[Array, "B M n d"], y: Float[Array, "M n k"]) -> Float[Array, "B M n k"]:
-    """X Xᵀ Y of every sample and expert.
+def factorisation_machine(x: Float[Array, "B *M n d"], y: Float[Array, "*M n k"]) -> Float[Array, "B *M n k"]:
+    """X Xᵀ Y of every sample, and of every expert where there are any.
 
     Of few tokens XXᵀ comes first: it has more FLOPs than X (XᵀY), but reads X once instead of twice, and its gradient
     writes that of X once.
     """
-    if x.shape[2] <= FEW_TOKENS:
-        return _gram(x) @ jnp.broadcast_to(y, (x.shape[0], *y.shape))
-    return jnp.einsum("bmnd,bmkd->bmnk", x, mix_tokens(y.mT, x))
+    if x.shape[-2] <= FEW_TOKENS:
+        return gram(x) @ jnp.broadcast_to(y, (x.shape[0], *y.shape))
+    return jnp.einsum("...nd,...kd->...nk", x, mix_tokens(y.mT, x))
 
 
 @jax.custom_vjp
-def _gram(x: Float[Array, "*rest n d"]) -> Float[Array, "*rest n n"]:
+def gram(x: Float[Array, "*rest n d"]) -> Float[Array, "*rest n n"]:
+    """X Xᵀ. Its gradient is one product with the sum of both factors' gradients, since they are the same X."""
     return jnp.einsum("...id,...jd->...ij", x, x)
 
 
-# XXᵀ is symmetric in its two factors, so one product with both gradients' sum is enough.
-_gram.defvjp(lambda x: (_gram(x), x), lambda x, d: ((d + d.mT) @ x,))
+gram.defvjp(lambda x: (gram(x), x), lambda x, d: ((d + d.mT) @ x,))
 
 
 def _of_experts(x: Float[Array, "B M i"], weights: Float[Array, "M i o"]) -> Float[Array, "B M o"]:

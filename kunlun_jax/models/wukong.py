@@ -16,6 +16,7 @@ from kunlun_jax.batch import EmbeddedBatch
 from kunlun_jax.layers.features import PooledEvents, SetTokens
 from kunlun_jax.layers.mlp import MLP, cast, mix_tokens, normal
 from kunlun_jax.layers.norm import layer_norm
+from kunlun_jax.layers.wukong import factorisation_machine, gram
 from kunlun_jax.model_configs import WukongConfig
 from kunlun_jax.schema import FeatureSchema
 
@@ -38,10 +39,10 @@ class FactorisationMachine(nnx.Module):
 
     def __call__(self, x: Float[Array, "B n d"]) -> Float[Array, "B n k"]:
         if self.kind == "plain":
-            return jnp.einsum("bnd,bmd->bnm", x, x)
+            return gram(x)
         if self.kind == "optimised":
             (y,) = cast(self.dtype, self.y)
-            return jnp.einsum("bnd,bkd->bnk", x, mix_tokens(y.T, x))
+            return factorisation_machine(x, y)
         (compress,) = cast(self.dtype, self.compress)
         compressed = mix_tokens(compress, x).reshape(x.shape[0], -1)
         y = self.make_y(compressed).reshape(*x.shape[:2], self.rank)

@@ -1,5 +1,6 @@
 """The benchmark of whole models: its cases, a toy run from end to end, and where it refuses."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -114,11 +115,13 @@ def test_clock_and_power_are_means_over_the_second_half(tmp_path, monkeypatch):
     assert card == {}
 
 
-def test_a_toy_run_writes_its_row_and_the_plot(tmp_path):
+def test_a_toy_run_writes_its_row_and_the_plot(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_model, "clock_and_power", lambda: contextlib.nullcontext({"power_w": 690}))
     out = tmp_path / "toy.json"
     assert main(only="kunlun toy fill 0.5 batch", steps=2, toy=True, out=out) == 0
     (row,) = json.loads(out.read_text())["results"]
     assert row["samples_per_second"] > 0
+    assert row["power_w"] == 690
     assert 0 <= row["data_wait"] < 1
     assert row["largest_batch"] > row["batch"]
     row["ms_by_module"] = {"clicked.pffn": 1.0, "optimizer": 0.5}

@@ -8,12 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import gdpa, gdpa_block
-from pallas_kernels.gdpa import mosaic
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(mosaic.hopper.unsupported_device() is not None, reason="needs a Hopper GPU"),
-]
+pytestmark = pytest.mark.gpu
 NAMES = ("q", "k", "v")
 
 

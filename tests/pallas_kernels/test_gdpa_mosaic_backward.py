@@ -318,7 +318,6 @@ GPU_CASES = [
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(hopper.unsupported_device() is not None, reason="needs a Hopper GPU")
 @pytest.mark.parametrize(("fused", "width", "kv_heads", "max_q", "max_kv", "activation", "dtype"), GPU_CASES)
 def test_compiled(fused, width, kv_heads, max_q, max_kv, activation, dtype):
     rng = np.random.default_rng(3)

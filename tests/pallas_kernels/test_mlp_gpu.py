@@ -8,13 +8,9 @@ import numpy as np
 import pytest
 from test_mlp import MASKS, NAMES, SHAPES, masked_formula, operands, relative, value_and_gradients
 
-from pallas_kernels import hopper
 from pallas_kernels.mlp import api
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(hopper.unsupported_device() is not None, reason="needs a Hopper GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @functools.cache

@@ -7,12 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import hopper, packed_sliding_window_attention, sliding_window_attention
+from pallas_kernels import packed_sliding_window_attention, sliding_window_attention
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(hopper.unsupported_device() is not None, reason="needs a Hopper GPU"),
-]
+pytestmark = pytest.mark.gpu
 NAMES = ("out", "q", "k", "v")
 
 
